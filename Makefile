@@ -1,0 +1,43 @@
+# Every target sets itself up: .venv is made once, from pyproject.toml and constraints.txt, and a stamp remembers it.
+PYTHON ?= python3
+BIN := .venv/bin
+export OMP_NUM_THREADS ?= 1
+# One DeepSpeed build folder a checkout: a process killed while compiling leaves a lock that would hang every other.
+export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.torch_extensions
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: setup demo fsdd test test-slow check format clean
+.DEFAULT_GOAL := setup
+
+setup: .venv/.stamp
+
+.venv/.stamp: pyproject.toml constraints.txt
+	@echo "setting up .venv (two minutes, once)"
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ": set PYTHON=python3.11")'
+	@$(PYTHON) -m venv .venv || (echo "python3-venv is missing: apt-get install python3-venv" && exit 1)
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[deepspeed,demo,hf,wandb,dev]'
+	@touch $@
+
+demo: .venv/.stamp  ## a tiny omni model learns five languages of synthetic speech, in six minutes
+	@$(BIN)/python -m launch.demo
+
+fsdd: .venv/.stamp  ## real recordings: three speakers train, a fourth is never heard
+	@$(BIN)/python -m launch.fsdd
+
+test: .venv/.stamp
+	@$(BIN)/python -m pytest -q -m "not slow and not gpu"
+
+test-slow: .venv/.stamp
+	@$(BIN)/python -m pytest -q -m "slow and not gpu"
+
+check: .venv/.stamp
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/pyright
+
+format: .venv/.stamp
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf .venv build dist outputs .torch_extensions
