@@ -1,0 +1,1 @@
+"""The model: plain PyTorch modules, packed sequences, released-checkpoint names. Imports torch only."""

@@ -1,0 +1,47 @@
+"""Mixture-of-experts block: route every token to its top-k experts, add up what they say.
+
+    x [T, D] --gate, fp32--> logits [T, E] --top-k, softmax over the chosen--> weights [T, K] --experts--> [T, D]
+
+The softmax over the chosen logits equals the softmax over all experts, cut to the top k and renormalised.
+The child names gate, experts.gate_up_proj, experts.down_proj and experts.num_experts are what DeepSpeed's AutoEP looks for when it
+puts its own expert-parallel block in this one's place, so both take [..., D] and return (out, logits).
+
+Letters: T tokens, D hidden, E experts, K chosen experts per token.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.layers.experts import Experts
+
+
+class Gate(nn.Module):
+    """The router's linear map, in fp32 whatever the model's dtype."""
+
+    def __init__(self, num_experts: int, hidden_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """x [T, D] -> router logits float32 [T, E]."""
+        return F.linear(x_TD.float(), self.weight.float())
+
+
+class MoE(nn.Module):
+    """Sparse feed-forward block with softmax top-k routing."""
+
+    def __init__(self, hidden_size: int, num_experts: int, top_k: int, width: int, recompute: bool = False) -> None:
+        super().__init__()
+        self.top_k = top_k
+        self.gate = Gate(num_experts, hidden_size)
+        self.experts = Experts(num_experts, hidden_size, width, recompute)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [..., D] -> output of the same shape, and router logits float32 [T, E] with T the product of the rest."""
+        x_TD = x.reshape(-1, x.shape[-1])
+        logits_TE = self.gate(x_TD)
+        best_TK, chosen_TK = logits_TE.topk(self.top_k, dim=-1, sorted=False)
+        return self.experts(x_TD, chosen_TK, best_TK.softmax(-1)).view_as(x), logits_TE

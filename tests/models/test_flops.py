@@ -1,0 +1,38 @@
+"""The analytic count against torch's counter, and against the published figure."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from models.audio_encoder import AudioEncoder
+from models.config import AudioConfig, TextConfig
+from models.flops import active_parameters, audio_flops, flops_per_token, text_flops
+
+RELEASED = TextConfig(152064, 2048, 48, 32, 4, 128, 128, 8, 768)
+
+
+def test_published_convention():
+    """3 x (2 N active + causal attention) at 4,096 tokens is 23.08 GFLOP per token for Qwen3-30B-A3B (vocabulary 151,936)."""
+    config = replace(RELEASED, vocab_size=151936)
+    assert flops_per_token(config, 4096) == pytest.approx(23.08e9, rel=1e-3)
+    assert active_parameters(config) == pytest.approx(2.730e9 + 0.311e9, rel=1e-3)
+
+
+def test_packing_counts_documents_apart():
+    assert text_flops(RELEASED, [1000, 1000]) == 2 * text_flops(RELEASED, [1000]) < text_flops(RELEASED, [2000])
+
+
+def test_audio_against_torch_counter():
+    """Full seconds in full windows, where nothing is padded; torch does not count CPU attention, so it is added here."""
+    config = AudioConfig(32, 2, 2, 64, 48, downsample_hidden_size=8)
+    encoder = AudioEncoder(config)
+    frames = 1600
+    with FlopCounterMode(display=False) as counter:
+        encoder(torch.randn(frames, 128, requires_grad=True), (frames,)).sum().backward()
+    tokens, window = 208, 104
+    attention = 3 * 4 * config.d_model * config.encoder_layers * tokens * window
+    assert counter.get_total_flops() + attention == pytest.approx(audio_flops(config, [frames]), rel=0.01)
