@@ -1,0 +1,58 @@
+"""Settings of the data, as they stand under `data:` in a recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from data.augment import Augment
+from data.errors import DataError
+
+MISSING = "???"  # omegaconf's mark of a value that the recipe must give
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What to read, how to cut it into sequences and steps, and what to do with what does not fit."""
+
+    shards: list[str] = field(default_factory=list)
+    """Paths of .tar shards or glob patterns, each shard with its NAME.tar.index beside it."""
+    tokenizer: str = MISSING
+    """Folder of the tokenizer (tokenizer.json); the indexes must have been made with the same one."""
+    sequence_length: int = 8192
+    """Most tokens in one packed sequence."""
+    sequences_per_step: int = 8
+    """Packed sequences in one optimizer step, over all ranks: the global batch."""
+    window: int = 65536
+    """Samples that are shuffled and packed together: more mixes better, packs tighter, takes more memory."""
+    too_long: str = "error"
+    """A sample above sequence_length: "error" stops before training, "drop" leaves it out, counted by source."""
+    max_bad_samples: int = 100
+    """Damaged samples that one run may leave out before it stops."""
+    workers: int = 2
+    """Processes that read and decode for each rank; 0 decodes in the training process. Changes no result."""
+    prefetch: int = 4
+    """Packed sequences that each worker prepares ahead."""
+    speeds: list[float] = field(default_factory=lambda: [1.0])
+    """Factors of which one is drawn for each sample and epoch to change its speech's speed; [1.0] does nothing."""
+    augment: Augment = field(default_factory=Augment)
+    """Vary level, noise and spectrum of training audio; all off by default (data/augment.py says what there is)."""
+    max_audio_seconds: float = 3600.0
+    """A clip that decodes to more is refused."""
+
+    def validate(self) -> None:
+        """Raise DataError naming the first setting that cannot be used."""
+        positive = ("sequence_length", "sequences_per_step", "window", "prefetch", "max_audio_seconds")
+        for name in positive:
+            if not getattr(self, name) > 0:
+                raise DataError(f"data.{name}={getattr(self, name)}: must be above 0")
+        for name in ("workers", "max_bad_samples"):
+            if getattr(self, name) < 0:
+                raise DataError(f"data.{name}={getattr(self, name)}: must be 0 or more")
+        if self.too_long not in ("error", "drop"):
+            raise DataError(f'data.too_long={self.too_long}: must be "error" or "drop"')
+        if not self.speeds or not all(0.5 <= speed <= 2.0 for speed in self.speeds):
+            raise DataError(f"data.speeds={list(self.speeds)}: must be one or more factors between 0.5 and 2")
+        if not self.shards:
+            raise DataError("data.shards is empty: name at least one shard (a path or a glob pattern)")
+        if not self.tokenizer or self.tokenizer == MISSING:
+            raise DataError("data.tokenizer is not set: name the folder that holds tokenizer.json")

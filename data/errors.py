@@ -1,0 +1,21 @@
+"""Errors that a user of the data layer can cause and cure: one line each, naming the file, key or setting."""
+
+
+class DataError(ValueError):
+    """Data or a data setting is unusable; the message is one line that says what to do."""
+
+
+class BadSample(DataError):
+    """One sample cannot be used (undecodable, empty, too large, damaged): leave it out, count it, go on.
+
+    `reason` is one short line without the sample's name; whoever knows shard and key puts them in front.
+    """
+
+    def __init__(self, reason: str) -> None:
+        """Keep the reason as `reason` and as the message."""
+        super().__init__(reason)
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type, tuple[str]]:
+        """Travel between processes whole."""
+        return type(self), (self.reason,)

@@ -1,0 +1,219 @@
+"""Make the indexes of shards: one pass over each tar that counts tokens and decodes audio for its length.
+
+    NAME.tar --headers--> samples --JSON: text tokens; audio: decoded length; crc32--> NAME.tar.index
+
+    python -m data.index SHARDS... tokenizer=FOLDER [workers=N]     # skips shards whose index is still good
+
+A sample that cannot be used (no .json, undecodable or empty audio, ...) is left out of the index, and the index
+says why; a tar that cannot be trusted (truncated, damaged, links, paths that leave it) is refused as a whole.
+Cost: the decoding of all audio once, one process for each shard in work.
+"""
+
+from __future__ import annotations
+
+import sys
+import zlib
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from data.audio import Limits, decode
+from data.chat import count_text_tokens
+from data.errors import BadSample, DataError
+from data.sample import MAX_JSON_BYTES, parse_sample
+from data.shard_index import ShardIndex, header_digest, save_index
+from data.tar import TarMember, group_samples, read_members, read_range
+from data.tokenizer import Tokenizer, load_tokenizer
+
+__all__ = ["ShardIndex", "build_index", "build_indexes", "main"]
+
+
+@dataclass
+class _Columns:
+    """Columns of an index while it grows; names and meanings as in data.shard_index.COLUMNS."""
+
+    key_offsets: list[int] = field(default_factory=lambda: [0])
+    key_bytes: bytearray = field(default_factory=bytearray)
+    member_offsets: list[int] = field(default_factory=lambda: [0])
+    member_start: list[int] = field(default_factory=list)
+    member_size: list[int] = field(default_factory=list)
+    member_crc: list[int] = field(default_factory=list)
+    member_extension: list[int] = field(default_factory=list)
+    clip_offsets: list[int] = field(default_factory=lambda: [0])
+    clip_samples: list[int] = field(default_factory=list)
+    text_tokens: list[int] = field(default_factory=list)
+    language: list[int] = field(default_factory=list)
+    source: list[int] = field(default_factory=list)
+    codes: dict[str, dict[str, int]] = field(default_factory=lambda: {"extensions": {}, "languages": {}, "sources": {}})
+
+    def code(self, table: str, name: str) -> int:
+        """Number of `name` in a table of names, which grows as names come up."""
+        return self.codes[table].setdefault(name, len(self.codes[table]))
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """What the index will say of one sample."""
+
+    text_tokens: int
+    clips: list[int]
+    members: list[tuple[TarMember, int]]  # with their crc32
+    language: str
+    source: str
+
+
+def build_index(tar: Path, tokenizer: Tokenizer, limits: Limits | None = None) -> ShardIndex:
+    """Read `tar` once and write its index.
+
+    Raises DataError for a tar that cannot be trusted or holds no usable sample; samples that cannot be used are
+    named in `about["left_out"]`.
+    """
+    limits = limits or Limits()
+    groups = group_samples(tar, read_members(tar))
+    columns, left_out = _Columns(), []
+    with open(tar, "rb") as file:
+        for key, members in groups:
+            try:
+                sample = _measure(file.fileno(), key, members, tokenizer, limits)
+            except BadSample as error:
+                left_out.append(f"{tar.name}:{key}: {error.reason}")
+                continue
+            _append(columns, key, sample)
+        if not columns.text_tokens:
+            first = f"; the first: {left_out[0]}" if left_out else ""
+            raise DataError(f"{tar}: holds no usable sample{first}")
+        save_index(tar, _about(tar, file.fileno(), columns, tokenizer, left_out), vars(columns))
+    return ShardIndex.open(tar)
+
+
+def _measure(fd: int, key: str, members: dict[str, TarMember], tokenizer: Tokenizer, limits: Limits) -> _Sample:
+    if "json" not in members:
+        raise BadSample(f"has no .json member (found: {', '.join(f'.{name}' for name in sorted(members))})")
+    if members["json"].size > MAX_JSON_BYTES:
+        raise BadSample(f"its .json has {members['json'].size} bytes, the limit is {MAX_JSON_BYTES}")
+    payload = read_range(fd, members["json"].start, members["json"].size)
+    record, extensions = parse_sample(key, payload)
+    used = [(members["json"], zlib.crc32(payload))]
+    lengths: dict[str, int] = {}
+    for extension in dict.fromkeys(extensions):
+        member = members.get(extension)
+        if member is None:
+            raise BadSample(f"its .json names .{extension}, which is not there")
+        if member.size > limits.max_bytes:
+            raise BadSample(f".{extension} has {member.size} bytes, the limit is {limits.max_bytes}")
+        audio = read_range(fd, member.start, member.size)
+        lengths[extension] = len(decode(audio, limits))
+        used.append((member, zlib.crc32(audio)))
+    clips = [lengths[extension] for extension in extensions]
+    return _Sample(count_text_tokens(record.messages, tokenizer), clips, used, record.language, record.source)
+
+
+def _append(columns: _Columns, key: str, sample: _Sample) -> None:
+    columns.key_bytes += key.encode()
+    columns.key_offsets.append(len(columns.key_bytes))
+    for member, crc in sample.members:
+        columns.member_start.append(member.start)
+        columns.member_size.append(member.size)
+        columns.member_crc.append(crc)
+        columns.member_extension.append(columns.code("extensions", member.extension))
+    columns.member_offsets.append(len(columns.member_start))
+    columns.clip_samples += sample.clips
+    columns.clip_offsets.append(len(columns.clip_samples))
+    columns.text_tokens.append(sample.text_tokens)
+    columns.language.append(columns.code("languages", sample.language))
+    columns.source.append(columns.code("sources", sample.source))
+
+
+def _about(tar: Path, fd: int, columns: _Columns, tokenizer: Tokenizer, left_out: list[str]) -> dict:
+    offsets = columns.clip_offsets
+    audio = [sum(columns.clip_samples[a:b]) for a, b in zip(offsets, offsets[1:], strict=False)]
+    return {
+        "tar_size": tar.stat().st_size,
+        "header_digest": header_digest(fd, np.asarray(columns.member_start, np.int64)),
+        "tokenizer": tokenizer.fingerprint,
+        **{table: list(names) for table, names in columns.codes.items()},
+        "left_out": left_out,
+        "max_text_tokens": max(columns.text_tokens),
+        "max_audio_samples": max(audio),
+        "max_clips": max(b - a for a, b in zip(offsets, offsets[1:], strict=False)),
+        "total_text_tokens": sum(columns.text_tokens),
+        "total_audio_samples": sum(audio),
+    }
+
+
+def is_current(tar: Path, tokenizer: Tokenizer) -> bool:
+    """Whether `tar` has an index that is its own and was made with this tokenizer."""
+    try:
+        index = ShardIndex.open(tar)
+        index.verify()
+    except DataError:
+        return False
+    return index.about["tokenizer"] == tokenizer.fingerprint
+
+
+def build_indexes(
+    tars: Sequence[Path], tokenizer: Tokenizer, workers: int = 1, limits: Limits | None = None, quiet: bool = False
+) -> list[str]:
+    """Index every tar that has no current index, several at a time; returns a line for each sample left out.
+
+    Raises DataError for the first tar that cannot be indexed, after the others in work are finished.
+    """
+    waiting = [tar for tar in tars if not is_current(tar, tokenizer)]
+    with tqdm(total=len(tars), initial=len(tars) - len(waiting), unit="shard", desc="index", disable=quiet) as bar:
+        if workers <= 1 or len(waiting) <= 1:
+            for tar in waiting:
+                build_index(tar, tokenizer, limits)
+                bar.update()
+        else:
+            _build_in_parallel(waiting, tokenizer, workers, limits, bar)
+    return [line for tar in tars for line in ShardIndex.open(tar).about["left_out"]]
+
+
+def _build_in_parallel(
+    tars: Sequence[Path], tokenizer: Tokenizer, workers: int, limits: Limits | None, bar: tqdm
+) -> None:
+    context = get_context("forkserver")  # forking a process that has threads can deadlock
+    context.set_forkserver_preload(["__main__", "data.index"])
+    with ProcessPoolExecutor(min(workers, len(tars)), mp_context=context) as pool:
+        jobs = [pool.submit(_build_quietly, tar, tokenizer, limits) for tar in tars]
+        try:
+            for job in as_completed(jobs):
+                job.result()
+                bar.update()
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def _build_quietly(tar: Path, tokenizer: Tokenizer, limits: Limits | None) -> None:
+    build_index(tar, tokenizer, limits)  # the index itself need not travel back
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command; returns the exit status."""
+    settings = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
+    tars = [Path(argument) for argument in arguments if "=" not in argument]
+    unknown = sorted(set(settings) - {"tokenizer", "workers"})
+    try:
+        if not tars or "tokenizer" not in settings or unknown:
+            raise DataError("usage: python -m data.index SHARDS... tokenizer=FOLDER [workers=N]")
+        if not settings.get("workers", "1").isdigit():
+            raise DataError(f"workers={settings['workers']}: must be a whole number")
+        tokenizer = load_tokenizer(settings["tokenizer"])
+        left_out = build_indexes(tars, tokenizer, int(settings.get("workers", "1")))
+    except DataError as error:
+        print(error, file=sys.stderr)
+        return 1
+    for line in left_out[:20]:
+        print(f"left out: {line}", file=sys.stderr)
+    print(f"{len(tars)} shards indexed, {len(left_out)} samples left out")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

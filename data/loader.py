@@ -1,0 +1,162 @@
+"""Worker processes that read ahead: the plan's packs of one rank, in order, as batches.
+
+    main process: plan.share(step, rank) --pack by pack--> workers: reader.batch(pack) --shared memory--> main process
+    main process: packs of one step together, empty batches where a rank has fewer than another --> training
+
+Workers hold nothing worth saving and get only indices, so their number changes no result.  They are forked from a
+clean server process: forking the training process, with its threads, can deadlock.  Their parent alone ends them:
+they ignore Ctrl-C and SIGTERM, which often reach all processes of a run while its last step should still finish.
+Memory: workers * prefetch batches.
+"""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import signal
+from collections.abc import Generator, Iterator
+from typing import Any, Protocol
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from data.errors import DataError
+from data.mel import NUM_MELS
+from data.plan import Pack, Plan
+from data.reader import Reader
+from data.types import Batch
+
+WORKER_TIMEOUT_S = 900.0  # for one pack; a worker that takes longer hangs
+
+
+class ShardOf(Protocol):
+    """Which of `count` data ranks this one is."""
+
+    @property
+    def index(self) -> int:
+        """From 0."""
+        ...
+
+    @property
+    def count(self) -> int:
+        """At least 1."""
+        ...
+
+
+def stream(
+    plan: Plan,
+    reader: Reader,
+    shard: ShardOf,
+    start_step: int,
+    stop_step: int,
+    workers: int,
+    *,
+    prefetch: int = 4,
+    pin_memory: bool = False,
+) -> Generator[tuple[int, list[Batch]], None, None]:
+    """(step, this rank's batches) for the steps from `start_step` to `stop_step` - 1.
+
+    Every rank gets ceil(sequences_per_step / count) batches a step, empty ones (T = 0) where packs run out.
+    Raises DataError where a shard cannot be read any more or a worker dies. Closing the iterator ends the workers.
+    """
+    per_step = -(-plan.settings.sequences_per_step // shard.count)
+    steps = range(start_step, stop_step)
+    order = _Order(plan, shard, steps, per_step)
+    parallel: dict[str, Any] = {}
+    if workers > 0:
+        context = multiprocessing.get_context("forkserver")
+        modules = {"__main__", "data.loader", reader.num_audio_tokens.__module__, reader.positions.__module__}
+        context.set_forkserver_preload(sorted(modules))  # imported once for all workers: torch alone takes seconds
+        parallel = {"multiprocessing_context": context, "prefetch_factor": prefetch, "timeout": WORKER_TIMEOUT_S}
+    loader = DataLoader(
+        _Packs(reader),
+        batch_size=None,
+        sampler=order,
+        collate_fn=_unchanged,
+        num_workers=workers,
+        worker_init_fn=_start_worker,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),  # its own, or the loader would draw from the random state of training
+        **parallel,
+    )
+    batches = iter(loader)
+    ending = _Ending(batches)
+    try:
+        for step in steps:
+            yield step, [_next(batches) for _ in range(per_step)]
+    finally:
+        del batches
+        ending.kill()
+
+
+class _Order(Sampler):
+    """The packs of one rank, step after step, `per_step` each, None where it has fewer."""
+
+    def __init__(self, plan: Plan, shard: ShardOf, steps: range, per_step: int) -> None:
+        self.plan = plan
+        self.shard = shard
+        self.steps = steps
+        self.per_step = per_step
+
+    def __iter__(self) -> Iterator[Pack | None]:
+        for step in self.steps:
+            packs = self.plan.share(step, self.shard.index, self.shard.count)
+            yield from packs
+            yield from [None] * (self.per_step - len(packs))
+
+
+class _Packs(Dataset):
+    """Packs to batches; what goes wrong for good comes back as its line, since a raised error drags a traceback."""
+
+    def __init__(self, reader: Reader) -> None:
+        self.reader = reader
+
+    def __getitem__(self, pack: Pack | None) -> Batch | DataError:
+        if pack is None:
+            return Batch.empty(NUM_MELS)
+        try:
+            return self.reader.batch(pack)
+        except DataError as error:
+            return error
+
+
+class _Ending:
+    """Kills workers that outlive their loader, when the stream closes and at the latest when the process ends."""
+
+    def __init__(self, batches: Any) -> None:
+        self.workers = list(getattr(batches, "_workers", ()))  # torch has no public name for them
+        if self.workers:
+            atexit.register(self.kill)  # runs before multiprocessing's own handler, which would wait for them
+
+    def kill(self) -> None:
+        """End the workers that still run."""
+        for worker in self.workers:
+            if worker.is_alive():
+                worker.kill()
+        self.workers = []
+        atexit.unregister(self.kill)
+
+
+def _next(batches: Iterator[Batch | DataError]) -> Batch:
+    try:
+        batch = next(batches)
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader "):
+            raise
+        raise DataError(
+            f"a data worker died or hangs ({str(error).splitlines()[0]}); the usual cause is memory: lower "
+            "data.workers or data.prefetch, or give /dev/shm more room"
+        ) from None
+    if isinstance(batch, DataError):
+        raise batch
+    return batch
+
+
+def _start_worker(_: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch

@@ -1,0 +1,69 @@
+"""Samples as questions: everything before the assistant's last answer, and that answer as the reference.
+
+    shards -> PromptSet -> groups of sample ids by length -> Reader.prompts -> Batch of prompts
+
+Cost: one decode per sample and evaluation; references are read from the JSON members alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from data.errors import BadSample
+from data.mel import HOP
+from data.reader import Reader, open_sample
+from data.types import Batch
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is known of a question besides its tokens."""
+
+    key: str
+    language: str
+    reference: str  # text of the last assistant turn
+
+
+class PromptSet:
+    """The samples of an evaluation set, numbered from 0."""
+
+    def __init__(self, reader: Reader) -> None:
+        self.reader = reader
+        self._corpus = reader.corpus
+
+    def __len__(self) -> int:
+        return self._corpus.num_samples
+
+    def prompt(self, sample: int) -> Prompt:
+        """Key, language and reference of a sample. Raises BadSample where its bytes are damaged."""
+        record, _, _ = open_sample(self._corpus, sample, self.reader.limits)
+        last = record.messages[-1]
+        if last["role"] != "assistant":
+            raise BadSample("its last turn is not the assistant's: there is nothing to compare with")
+        content = last["content"]
+        text = content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+        return Prompt(self._corpus.name(sample), record.language or "unknown", text)
+
+    def groups(self, samples: Sequence[int], max_tokens: int) -> list[list[int]]:
+        """Samples put together by length, shortest first, at most `max_tokens` prompt tokens in a group."""
+        costs = {sample: self._tokens(sample) for sample in samples}
+        groups: list[list[int]] = []
+        room = 0
+        for sample in sorted(samples, key=lambda sample: (costs[sample], sample)):
+            if not groups or costs[sample] > room:
+                groups.append([])
+                room = max_tokens
+            groups[-1].append(sample)
+            room -= costs[sample]
+        return groups
+
+    def load(self, samples: Sequence[int]) -> tuple[Batch, list[int]]:
+        """The prompts of a group and which of its samples could be read."""
+        return self.reader.prompts(samples)
+
+    def _tokens(self, sample: int) -> int:
+        shard, row = self._corpus.locate(sample)
+        index = self._corpus.index(shard)
+        audio = sum(int(self.reader.num_audio_tokens(clip // HOP)) for clip in index.clip_samples(row))
+        return audio + int(index.columns["text_tokens"][row])

@@ -1,0 +1,45 @@
+"""What the loader hands to training.  T = tokens, F = mel frames (10 ms each), M = mel bins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One packed sequence, which is one micro-batch: whole documents end to end, no padding."""
+
+    token_ids_T: Tensor  # int64
+    labels_T: Tensor  # int64: the token that position t must predict (already shifted), -100 = no loss
+    position_ids_3T: Tensor  # float32: temporal, height and width position; starts anew in every document
+    doc_lengths: tuple[int, ...]  # tokens of each document; they sum to T
+    mel_FM: Tensor  # float32 log-mel of all clips end to end, in the order of their placeholder runs
+    mel_lengths: tuple[int, ...]  # frames of each clip; they sum to F
+    keys: tuple[str, ...]  # "shard.tar:key" of each document
+    skipped: tuple[str, ...] = ()  # one line for each sample of the plan that had to be left out
+
+    @classmethod
+    def empty(cls, num_mels: int, skipped: tuple[str, ...] = ()) -> Batch:
+        """A batch without tokens: what a rank gets when a step has too few sequences for all ranks."""
+        ids = torch.empty(0, dtype=torch.int64)
+        return cls(ids, ids, torch.empty(3, 0), (), torch.empty(0, num_mels), (), (), skipped)
+
+    def map_tensors(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The same batch with every tensor replaced by `change(tensor)`."""
+        tensors = {name: change(getattr(self, name)) for name in _TENSORS}
+        return replace(self, **tensors)
+
+    def pin_memory(self) -> Batch:
+        """Page-locked copies, for asynchronous copies to a GPU (called by torch's DataLoader)."""
+        return self.map_tensors(Tensor.pin_memory)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on `device`; asynchronous where the batch is pinned."""
+        return self.map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
+
+
+_TENSORS = ("token_ids_T", "labels_T", "position_ids_3T", "mel_FM")
