@@ -1,0 +1,1 @@
+"""Commands around training: evaluation, the demo, conversions. Nothing imports this package."""

@@ -1,0 +1,1 @@
+"""Training: recipe, loop, loss, optimizer, metrics, checkpoints and the engines that run the steps."""

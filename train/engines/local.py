@@ -1,0 +1,134 @@
+"""One process, plain torch: the executable specification of the engine contract, and what a laptop or one GPU runs.
+
+for each micro-batch: forward -> share of the global loss -> backward (gradients add up)
+clip -> AdamW on fp32 masters -> copy into the model where that is bf16
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from data.types import Batch
+from train import ranks
+from train.engines import MOMENTS, SHARE, VALUE, WEIGHT, Fragment, Shard, StateReader, StepStats
+from train.engines.setup import EngineSetup, continue_greedily, sums_of_eval
+from train.errors import EngineError
+from train.loss import Totals, balance_loss, next_share, uniform_share
+from train.optim import set_lr
+
+
+class LocalEngine:
+    """Implements train.engines.Engine in one process."""
+
+    def __init__(self, setup: EngineSetup) -> None:
+        if ranks.world() > 1:
+            raise EngineError("engine.name=local is one process; with torchrun use engine=deepspeed")
+        self.shard, self.is_main = Shard(0, 1), True
+        self.device, self.setup = setup.device, setup
+        dtype = torch.bfloat16 if setup.engine.precision == "bf16" else torch.float32
+        objective = setup.build_objective()
+        groups = setup.param_groups(objective)
+        self.masters: list[tuple[str, nn.Parameter, Tensor]] = []  # name, model's parameter, fp32 master
+        moved = objective.to(self.device)
+        master_of: dict[nn.Parameter, Tensor] = {}
+        for name, parameter in moved.thinker.named_parameters():
+            master = parameter.detach().clone() if dtype is not torch.float32 else parameter
+            master.requires_grad_(parameter.requires_grad)
+            parameter.data = parameter.data.to(dtype)
+            master_of[parameter] = master
+            self.masters.append((name, parameter, master))
+        for group in groups:
+            group["params"] = [master_of[parameter] for parameter in group["params"]]
+        self.objective = moved
+        self.optimizer = torch.optim.AdamW(
+            groups, betas=setup.betas, eps=setup.optim.eps, fused=True, lr=setup.optim.lr
+        )
+        self.share_LE = uniform_share(setup.num_layers, setup.num_experts).to(self.device)
+
+    def train_step(self, microbatches: Sequence[Batch], lr: float) -> StepStats:
+        """See train.engines.Engine."""
+        self.objective.train()
+        totals = Totals.of(microbatches)
+        ce, balance, count_LE = 0.0, 0.0, torch.zeros_like(self.share_LE)
+        for batch in microbatches:
+            ce_sum, prob_LE, count = self.objective(batch.to(self.device))
+            balance_share = balance_loss(self.share_LE, prob_LE, totals.tokens)
+            (ce_sum / max(1, totals.targets) + self.setup.loss.balance * balance_share).backward()
+            ce, balance, count_LE = ce + ce_sum.item(), balance + balance_share.item(), count_LE + count
+        grad_norm = self._update(lr)
+        self.share_LE = next_share(count_LE)
+        return StepStats(
+            loss=ce / max(1, totals.targets),
+            balance_loss=balance,
+            grad_norm=grad_norm,
+            num_tokens=totals.tokens,
+            num_targets=totals.targets,
+            num_skipped=totals.skipped,
+            expert_share_LE=self.share_LE.cpu(),
+        )
+
+    def _update(self, lr: float) -> float:
+        learning = [(p, master) for _, p, master in self.masters if p.requires_grad]
+        for parameter, master in learning:
+            if master is not parameter:
+                assert parameter.grad is not None
+                master.grad, parameter.grad = parameter.grad.float(), None
+        masters = [master for _, master in learning]
+        clip = self.setup.optim.clip or float("inf")
+        grad_norm = nn.utils.clip_grad_norm_(masters, clip, foreach=True).item()
+        if not torch.isfinite(torch.tensor(grad_norm)):
+            raise EngineError("the gradient is not finite; the update was not made")
+        set_lr(self.optimizer.param_groups, lr)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._sync()
+        return grad_norm
+
+    @torch.no_grad()
+    def _sync(self) -> None:
+        for _, parameter, master in self.masters:
+            if master is not parameter:
+                parameter.copy_(master)
+
+    @torch.no_grad()
+    def eval_step(self, batch: Batch) -> Mapping[str, float]:
+        """See train.engines.Engine."""
+        self.objective.eval()
+        return sums_of_eval(self.objective, batch.to(self.device))
+
+    @torch.no_grad()
+    def generate(self, batch: Batch, max_new_tokens: int, stop_id: int) -> list[list[int]]:
+        """See train.engines.Engine."""
+        self.objective.eval()
+        return continue_greedily(self.objective, batch.to(self.device), max_new_tokens, stop_id)
+
+    def fragments(self) -> Iterator[Fragment]:
+        """See train.engines.Engine. One process owns every tensor whole."""
+        for name, _, master in self.masters:
+            state = self.optimizer.state.get(master, {})
+            tensors = {WEIGHT: master.detach().view(-1)}
+            tensors |= {kind: state[kind].view(-1) for kind in MOMENTS if kind in state}
+            yield Fragment(name, tuple(master.shape), 0, master.numel(), tensors)
+        yield Fragment(SHARE, tuple(self.share_LE.shape), 0, self.share_LE.numel(), {VALUE: self.share_LE.view(-1)})
+
+    @torch.no_grad()
+    def restore(self, state: StateReader, *, optimizer_step: int) -> None:
+        """See train.engines.Engine."""
+        for name, _, master in self.masters:
+            shape, size = tuple(master.shape), master.numel()
+            master.view(-1).copy_(state.read(WEIGHT, name, shape, 0, size))
+            if optimizer_step and master.requires_grad:
+                moments = {kind: torch.zeros_like(master) for kind in MOMENTS}
+                for kind, moment in moments.items():
+                    moment.view(-1).copy_(state.read(kind, name, shape, 0, size))
+                self.optimizer.state[master] = {"step": torch.tensor(float(optimizer_step)), **moments}
+        if optimizer_step:
+            shape = tuple(self.share_LE.shape)
+            self.share_LE = state.read(VALUE, SHARE, shape, 0, self.share_LE.numel()).view(shape).to(self.device)
+        self._sync()
+
+    def close(self) -> None:
+        """See train.engines.Engine."""

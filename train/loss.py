@@ -1,0 +1,157 @@
+"""The loss: sums and counts over one micro-batch, never a mean, so that any split of the global batch adds up.
+
+    Batch -> Thinker -> hidden_TD -> chunked cross-entropy ------------> ce_sum
+                     -> router_logits -> softmax, summed over tokens --> prob_LE   (with gradient)
+                                      -> top-k, counted ---------------> count_LE  (without)
+
+    share of the global loss = ce_sum / targets + balance * E / L * sum(f_LE * prob_LE) / tokens
+
+`targets` and `tokens` are counts of the global batch, known from the labels before any forward. `f_LE` is the share
+of assignments that each expert received in the *previous* step: known before the first backward whatever the split,
+which the current step's is not. So the shares of all micro-batches and ranks sum to the loss, gradients too.
+
+Cost: logits of `chunk` targets exist at a time, instead of all (4,096 targets x 152,064 words in fp32 are 2.5 GB, three
+times over in a plain loss). The gradients of hidden states and head are made in forward: no logits are computed twice.
+
+Shapes: T tokens, D hidden size, V vocabulary, L layers, E experts, N targets (tokens with a label).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data.types import Batch
+from models.thinker import Thinker
+
+IGNORE = -100
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, chunk: int) -> Tensor:
+        want_hidden, want_weight = ctx.needs_input_grad[:2]
+        total = hidden_ND.new_zeros((), dtype=torch.float32)
+        grad_hidden_ND = torch.empty_like(hidden_ND) if want_hidden else None
+        # fp32 accumulation over chunks, whatever the weights are
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if want_weight else None
+        for start in range(0, len(target_N), chunk):
+            rows_CD, target_C = hidden_ND[start : start + chunk], target_N[start : start + chunk]
+            logits_CV = F.linear(rows_CD, weight_VD).float()
+            peak_C1 = logits_CV.amax(-1, keepdim=True)
+            right_C = logits_CV.gather(1, target_C[:, None])
+            # in place from here: the logits become their own softmax and then the gradient
+            prob_CV = logits_CV.sub_(peak_C1).exp_()
+            sum_C1 = prob_CV.sum(-1, keepdim=True)
+            total += (sum_C1.log() + peak_C1 - right_C).sum()
+            if not (want_hidden or want_weight):
+                continue
+            prob_CV.div_(sum_C1)
+            prob_CV.scatter_add_(1, target_C[:, None], torch.full_like(right_C, -1.0))
+            grad_CV = prob_CV.to(weight_VD.dtype)
+            if grad_hidden_ND is not None:
+                torch.mm(grad_CV, weight_VD, out=grad_hidden_ND[start : start + chunk])
+            if grad_weight_VD is not None:
+                if grad_CV.dtype is torch.float32:
+                    grad_weight_VD.addmm_(grad_CV.t(), rows_CD)
+                else:
+                    grad_weight_VD += grad_CV.t() @ rows_CD
+        ctx.grads = grad_hidden_ND, grad_weight_VD
+        ctx.dtype = weight_VD.dtype
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_ND, weight_VD = ctx.grads
+        ctx.grads = None
+        return (
+            None if hidden_ND is None else hidden_ND.mul_(grad.to(hidden_ND.dtype)),
+            None if weight_VD is None else weight_VD.mul_(grad).to(ctx.dtype),
+            None,
+            None,
+        )
+
+
+def cross_entropy_sum(hidden_TD: Tensor, weight_VD: Tensor, *, labels_T: Tensor, chunk: int = 256) -> Tensor:
+    """Sum of the cross-entropy over the positions with a label, fp32 scalar.
+
+    Args:
+        hidden_TD: after the final norm, fp32 or bf16.
+        weight_VD: the output head, same dtype.
+        labels_T: int64, already shifted; -100 where there is nothing to predict.
+        chunk: targets whose logits exist at a time.
+    """
+    index_N = (labels_T != IGNORE).nonzero().squeeze(1)
+    return _ChunkedCrossEntropy.apply(
+        hidden_TD.index_select(0, index_N), weight_VD, labels_T.index_select(0, index_N), chunk
+    )
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Counts of a set of micro-batches. The engine adds them over ranks before the first backward."""
+
+    tokens: int
+    targets: int
+    skipped: int
+
+    @staticmethod
+    def of(batches: Sequence[Batch]) -> Totals:
+        """Count this rank's micro-batches."""
+        return Totals(
+            tokens=sum(len(batch.token_ids_T) for batch in batches),
+            targets=sum(int((batch.labels_T != IGNORE).sum()) for batch in batches),
+            skipped=sum(len(batch.skipped) for batch in batches),
+        )
+
+
+class Objective(nn.Module):
+    """Thinker and loss as one module: an engine wraps it, and every parameter is used inside its forward."""
+
+    def __init__(self, thinker: Thinker, *, top_k: int, chunk: int) -> None:
+        super().__init__()
+        self.thinker = thinker
+        self.top_k = top_k
+        self.chunk = chunk
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Return ce_sum (fp32 scalar), prob_LE (fp32, summed router probabilities), count_LE (fp32, no gradient)."""
+        hidden_TD, router_logits = self.thinker(
+            batch.token_ids_T, batch.position_ids_3T, batch.doc_lengths, batch.mel_FM, batch.mel_lengths
+        )
+        head = partial(cross_entropy_sum, labels_T=batch.labels_T, chunk=self.chunk)
+        ce_sum = self.thinker.lm_head(hidden_TD, head)
+        prob_LE = torch.stack([F.softmax(logits_TE.float(), -1).sum(0) for logits_TE in router_logits])
+        count_LE = torch.stack([expert_count(logits_TE, self.top_k) for logits_TE in router_logits])
+        return ce_sum, prob_LE, count_LE
+
+
+@torch.no_grad()
+def expert_count(logits_TE: Tensor, top_k: int) -> Tensor:
+    """How many assignments each expert receives, fp32 [E]."""
+    chosen_TK = logits_TE.topk(top_k, -1).indices
+    return torch.bincount(chosen_TK.flatten(), minlength=logits_TE.shape[-1]).float()
+
+
+def balance_loss(share_LE: Tensor, prob_LE: Tensor, tokens: int) -> Tensor:
+    """E times the sum over experts of f_e P_e, mean over layers: 1 at balance. `share_LE` is the last step's."""
+    num_experts = share_LE.shape[1]
+    return num_experts * (share_LE * prob_LE).sum(1).mean() / max(1, tokens)
+
+
+def uniform_share(num_layers: int, num_experts: int) -> Tensor:
+    """Expert shares before the first step."""
+    return torch.full((num_layers, num_experts), 1.0 / num_experts)
+
+
+def next_share(count_LE: Tensor) -> Tensor:
+    """Expert shares of this step, for the balance loss of the next: rows sum to 1; uniform where nothing was routed."""
+    total_L1 = count_LE.sum(1, keepdim=True)
+    return torch.where(total_L1 > 0, count_LE / total_L1.clamp(min=1), torch.full_like(count_LE, 1 / count_LE.shape[1]))

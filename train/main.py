@@ -1,0 +1,233 @@
+"""The whole program: recipe -> data -> for each phase: engine, state, loop -> curves.
+
+    python train.py recipe=demo [KEY=VALUE ...]
+    torchrun --nproc-per-node 8 train.py recipe=stage2 engine=deepspeed engine.ep=8
+
+A run's state is the number of its next step: the phase, the learning rate and the order of the data follow from it. A
+phase has its own trainable parameters and so its own engine; between phases the weights pass through the checkpoint.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import asdict
+from pathlib import Path
+
+from tqdm import tqdm
+
+from data.audio import Limits
+from data.augment import Augment
+from data.corpus import Corpus
+from data.errors import DataError
+from data.loader import stream
+from data.plan import Plan, PlanSettings
+from data.prompts import PromptSet
+from data.reader import Reader
+from data.tokenizer import AUDIO_PAD, Tokenizer, load_tokenizer
+from models.audio_encoder import num_audio_tokens
+from models.config import ConfigError, ThinkerConfig
+from models.flops import audio_flops, text_flops
+from models.hf import released_pieces
+from train import ranks
+from train.checkpoint import CheckpointReader, Manifest, Saver, choose, open_weights
+from train.engines import Engine
+from train.engines.build import build_engine
+from train.engines.setup import EngineSetup
+from train.errors import CheckpointError, EngineError, RecipeError
+from train.evaluate import Evaluator
+from train.hardware import peak_flops
+from train.loop import Span, fit, spans
+from train.metrics import Meters, draw_curves
+from train.recipe import Recipe, load_recipe
+from train.run import Run
+
+USER_ERRORS = (RecipeError, DataError, ConfigError, CheckpointError, EngineError)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run a recipe; 0 when it ended or stopped as asked, 2 for an error that the user can cure."""
+    try:
+        train(load_recipe(argv))
+    except USER_ERRORS as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("left at once; the last checkpoint is whole", file=sys.stderr)
+        return 130
+    finally:
+        ranks.stop()
+    return 0
+
+
+def train(recipe: Recipe) -> None:
+    """Run every phase that is not done yet. Raises this project's errors."""
+    device = ranks.choose_device(recipe.engine.device)
+    ranks.start(device)
+    tokenizer = load_tokenizer(Path(recipe.data.tokenizer))
+    model = model_config(recipe, tokenizer)
+    plan, reader = open_data(recipe, tokenizer)
+    evaluator = open_evaluator(recipe, tokenizer)
+    folder = Run.open_folder(recipe)
+    tell = tqdm.write if ranks.rank() == 0 else _silent
+    tell(f"run folder: {folder}")
+    for line in plan_report(plan):
+        tell(line)
+    phases = spans(recipe)
+    total = min(phases[-1].stop, recipe.max_steps or phases[-1].stop)
+    resume, stopped = recipe.resume, False
+    for span in phases:
+        manifest = choose(folder, resume, agree=ranks.agree, rank=ranks.rank(), world=ranks.world(), warn=tell)
+        step, stop = manifest.step if manifest else 0, min(span.stop, total)
+        if step >= stop:
+            tell(f"phase {span.name}: done at step {step}")
+            continue
+        setup = EngineSetup(model, recipe.engine, recipe.optim, recipe.loss, span.phase, span.name, recipe.seed, device)
+        engine = build_engine(setup)
+        restore(engine, recipe, setup, manifest, optimizer_step=step - span.start)
+        if manifest is not None:
+            plan.seek(manifest.info["cursor"])
+            tell(f"resumed at step {step} from {manifest.folder}")
+        run = open_run(recipe, folder, setup, span, manifest, evaluator, plan)
+        run.listen()
+        with closing(run), closing(engine):
+            data = recipe.data
+            batches = stream(
+                plan,
+                reader,
+                engine.shard,
+                step,
+                stop,
+                data.workers,
+                prefetch=data.prefetch,
+                pin_memory=device.type == "cuda",
+            )
+            with closing(batches):
+                stopped = fit(engine, batches, span, recipe, run)
+            if not stopped and stop == total:
+                run.evaluate(engine, total)
+        ranks.barrier()  # the checkpoint is published before any rank looks for it
+        if stopped or stop == total:
+            break
+        resume = "latest"
+    if ranks.rank() == 0:
+        farewell(folder, stopped)
+
+
+def model_config(recipe: Recipe, tokenizer: Tokenizer) -> ThinkerConfig:
+    """The model's sizes, checked against the tokenizer."""
+    text = recipe.model.text
+    if text.vocab_size < tokenizer.vocab_size:
+        raise RecipeError(
+            f"model.text.vocab_size={text.vocab_size} is less than the tokenizer's {tokenizer.vocab_size} "
+            f"({recipe.data.tokenizer}); raise it"
+        )
+    return ThinkerConfig(text, recipe.model.audio, tokenizer.id(AUDIO_PAD))
+
+
+def open_data(recipe: Recipe, tokenizer: Tokenizer) -> tuple[Plan, Reader]:
+    """The order of training and what reads it. Raises DataError for shards that cannot be used."""
+    data = recipe.data
+    corpus = Corpus.open(data.shards, tokenizer.fingerprint)
+    settings = PlanSettings(
+        data.sequence_length, data.sequences_per_step, data.window, tuple(data.speeds), data.too_long
+    )
+    plan = Plan(corpus, settings, seed=recipe.seed, num_audio_tokens=num_audio_tokens)
+    limits = Limits(max_seconds=data.max_audio_seconds)
+    augment = None if data.augment == Augment() else data.augment
+    reader = Reader(
+        corpus, tokenizer, seed=recipe.seed, num_audio_tokens=num_audio_tokens, limits=limits, augment=augment
+    )
+    return plan, reader
+
+
+def open_evaluator(recipe: Recipe, tokenizer: Tokenizer) -> Evaluator:
+    """The recipe's evaluation sets. Raises DataError for shards that cannot be used."""
+    limits = Limits(max_seconds=recipe.data.max_audio_seconds)
+    sets = {
+        name: PromptSet(
+            Reader(
+                Corpus.open(shards, tokenizer.fingerprint),
+                tokenizer,
+                seed=recipe.seed,
+                num_audio_tokens=num_audio_tokens,
+                limits=limits,
+            )
+        )
+        for name, shards in recipe.eval.sets.items()
+    }
+    return Evaluator(recipe.eval, sets, tokenizer)
+
+
+def restore(
+    engine: Engine, recipe: Recipe, setup: EngineSetup, manifest: Manifest | None, *, optimizer_step: int
+) -> None:
+    """Give the engine its state: a checkpoint's, or the weights of `init`, or leave the initial weights."""
+    if manifest is not None:
+        reader = CheckpointReader(manifest, released_pieces, identity=asdict(setup.model))
+        engine.restore(reader, optimizer_step=max(0, optimizer_step))
+    elif recipe.init is not None:
+        engine.restore(open_weights(recipe.init, released_pieces), optimizer_step=0)
+
+
+def open_run(
+    recipe: Recipe,
+    folder: Path,
+    setup: EngineSetup,
+    span: Span,
+    manifest: Manifest | None,
+    evaluator: Evaluator,
+    plan: Plan,
+) -> Run:
+    """Meters and writer of a phase. The writer's memory is allocated at the first save."""
+    step = manifest.step if manifest else 0
+    model = setup.model
+    meters = Meters(
+        folder,
+        recipe.log,
+        start_step=step,
+        end_step=min(span.stop, recipe.max_steps or span.stop),
+        flops=lambda batch: text_flops(model.text, batch.doc_lengths) + audio_flops(model.audio, batch.mel_lengths),
+        peak_flops=peak_flops(setup.device),
+        num_skipped=manifest.info["counters"]["skipped"] if manifest else 0,
+        enabled=ranks.rank() == 0,
+    )
+    saver = Saver(
+        folder,
+        rank=ranks.rank(),
+        world=ranks.world(),
+        launch_id=f"{ranks.shared_number():x}",
+        keep=recipe.save.keep,
+        start_step=step,
+        released_pieces=released_pieces,
+        warn=meters.say,
+    )
+    return Run(recipe, folder, meters, saver, evaluator, asdict(model), lambda at: asdict(plan.cursor(at)), step)
+
+
+def plan_report(plan: Plan) -> list[str]:
+    """What the data is, and what of it does not take part."""
+    lines = [f"data: {plan.corpus.num_samples:,} samples in {len(plan.corpus.paths)} shards"]
+    for source, count in sorted(plan.dropped.items()):
+        lines.append(f"dropped as longer than data.sequence_length: {count:,} samples of source {source or 'unknown'}")
+    left_out = plan.corpus.left_out()
+    lines += [f"left out by the index: {line}" for line in left_out[:5]]
+    if len(left_out) > 5:
+        lines.append(f"and {len(left_out) - 5:,} more left out by the index")
+    return lines
+
+
+def farewell(folder: Path, stopped: bool) -> None:
+    """Where everything is."""
+    curves = draw_curves(folder)
+    latest = folder / "checkpoints" / "latest"
+    print("stopped as asked; the same command goes on from here" if stopped else "done")
+    print(f"  run folder  {folder}")
+    print(f"  curves      {curves}")
+    if latest.is_file():
+        print(f"  checkpoint  {latest.parent / latest.read_text().strip()}")
+
+
+def _silent(_: str) -> None:
+    pass

@@ -1,0 +1,80 @@
+"""The processes of a run, as far as the loop must know them: who am I, do we all agree, what is the sum.
+
+torchrun sets RANK, WORLD_SIZE and LOCAL_RANK; without it there is one process and every call here is the identity.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from train.errors import EngineError
+
+
+def rank() -> int:
+    """This process' number."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def local_rank() -> int:
+    """This process' number on its machine: its GPU."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def world() -> int:
+    """Number of processes."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def start(device: torch.device) -> None:
+    """Join the other processes. A peer that does not answer for ten minutes is an error, not a hang."""
+    if world() > 1 and not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=10))
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is this rank's GPU where there is one. Raises EngineError when cuda is asked for and absent."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise EngineError("engine.device=cuda, but torch sees no GPU; set engine.device=cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.cuda.set_device(local_rank())
+    return torch.device("cuda", local_rank())
+
+
+def agree(flag: bool) -> bool:
+    """True when any rank says so. Collective."""
+    return bool(total(torch.tensor([float(flag)], dtype=torch.float64))[0] > 0)
+
+
+def total(values: Tensor) -> Tensor:
+    """Sum over ranks, as float64 on the CPU. Collective."""
+    values = values.double()
+    if world() == 1:
+        return values.cpu()
+    if dist.get_backend() == "nccl":
+        values = values.cuda()
+    dist.all_reduce(values)
+    return values.cpu()
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    agree(False)
+
+
+def shared_number() -> int:
+    """A random number, the same on all ranks and new in every call. Collective."""
+    return int(total(torch.tensor([float(secrets.randbits(48)) if rank() == 0 else 0.0], dtype=torch.float64))[0])

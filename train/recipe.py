@@ -1,0 +1,275 @@
+"""A recipe: everything that decides a run, as frozen dataclasses.
+
+    recipes/NAME.yaml + groups (model/ engine/)  --hydra.compose-->  plain values
+    + KEY=VALUE from the command line            --train.typed---->  Recipe, types checked
+    Recipe  -->  printed, and saved as recipe.yaml in the run folder
+
+Hydra composes and no more: `@hydra.main` would give every rank an output folder of its own, and nothing here is ever
+instantiated by a name in a file. A choice is a plain string, looked up where it is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from data.config import DataConfig
+from data.errors import DataError
+from models.config import AudioConfig, TextConfig
+from train.errors import RecipeError
+from train.typed import build, nearest, paths
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes of the Thinker. The vocabulary follows the tokenizer where `text.vocab_size` is 0."""
+
+    text: TextConfig
+    audio: AudioConfig
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its schedule. The learning rate is a pure function of the step."""
+
+    lr: float = 1e-3
+    lr_scale: dict[str, float] = field(default_factory=dict)
+    """Multiplier by parameter pattern, for instance {"audio_tower.*": 0.1}. The first match counts."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    """On matrices only: norms, biases and embeddings are not decayed."""
+    clip: float = 1.0
+    """Largest global gradient norm; 0 for none."""
+    schedule: str = "cosine"
+    """cosine or wsd (warm-up, stable, decay)."""
+    warmup_steps: int = 0
+    decay_steps: int = 0
+    """wsd: the last so many steps of a phase fall to `final_lr` times lr, linearly."""
+    final_lr: float = 0.1
+    """Where the schedule ends, as a share of lr."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of a run with its own trainable parameters and a fresh optimizer."""
+
+    steps: int
+    train: list[str] = field(default_factory=lambda: ["*"])
+    """Patterns of the parameters that learn; all others are frozen."""
+    freeze: list[str] = field(default_factory=list)
+    """Patterns taken out of `train` again."""
+    lr: float | None = None
+    """Instead of optim.lr."""
+    warmup_steps: int | None = None
+    """Instead of optim.warmup_steps."""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Weights and block sizes of the loss."""
+
+    balance: float = 0.001
+    """Weight of the load-balancing loss (docs/design.md)."""
+    chunk: int = 256
+    """Targets whose logits exist at the same time."""
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What runs the optimizer step."""
+
+    name: str = "local"
+    """local (one process) or deepspeed."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    precision: str = "fp32"
+    """fp32, or bf16 with fp32 master weights."""
+    zero: int = 2
+    """deepspeed: ZeRO stage 1, 2 or 3."""
+    ep: int = 1
+    """deepspeed: expert parallel degree; must divide the experts and the processes."""
+    offload: bool = False
+    """deepspeed: optimizer state in host memory."""
+    recompute: bool = False
+    """Recompute the experts' activations in backward instead of keeping them."""
+    threads: int = 0
+    """CPU threads of a process; 0 leaves torch's choice."""
+
+
+@dataclass(frozen=True)
+class SaveConfig:
+    """Checkpoints."""
+
+    every: int = 1000
+    keep: int = 2
+    """Newest checkpoints kept; older ones are deleted."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation inside training and by `python -m launch.evaluate`."""
+
+    every: int = 0
+    """Steps between evaluations; 0: only at the end of the run."""
+    suite: str = "asr"
+    sets: dict[str, list[str]] = field(default_factory=dict)
+    """Name of a set -> its shards, for instance {heldout: [corpus/heldout/*.tar]}."""
+    max_samples: int = 0
+    """Samples taken from each set, evenly spread; 0: all."""
+    max_new_tokens: int = 64
+    batch_tokens: int = 4096
+    """Prompt tokens decoded together."""
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """metrics.jsonl is always written."""
+
+    every: int = 10
+    """Steps between lines."""
+    wandb: str = "off"
+    """off, offline or online."""
+    project: str = "omniloom"
+    keys: bool = False
+    """Also write the keys of every sample consumed, per rank: proof of exact resume."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One run."""
+
+    name: str
+    model: ModelConfig
+    data: DataConfig
+    seed: int = 0
+    run: str = "outputs/${name}"
+    """Folder of the run: recipe.yaml, metrics.jsonl, checkpoints/, eval/, curves.png."""
+    resume: str = "auto"
+    """auto: go on if there is a checkpoint; latest: there must be one; never: there must be none; or a path of one."""
+    init: str | None = None
+    """Weights to start from: a run, a checkpoint or a folder of released-layout safetensors."""
+    phases: dict[str, Phase] = field(default_factory=dict)
+    max_steps: int = 0
+    """Stop (and save) after this step even if phases go on; 0: no limit. The schedule is not changed by it."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    save: SaveConfig = field(default_factory=SaveConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+
+def load_recipe(argv: Sequence[str], folder: Path = RECIPES) -> Recipe:
+    """Compose `recipe=NAME KEY=VALUE ...`. Raises RecipeError with the nearest valid name for a typo."""
+    given = [_split(word) for word in argv]
+    names = recipe_names(folder)
+    chosen = [value for key, value in given if key == "recipe"]
+    if len(chosen) != 1:
+        raise RecipeError(f"give one recipe=NAME; there are {', '.join(names)}")
+    if chosen[0] not in names:
+        raise RecipeError(f"unknown recipe {chosen[0]!r}{nearest(chosen[0], names)}; there are {', '.join(names)}")
+    groups = {path.name for path in folder.iterdir() if path.is_dir()}
+    choices = [(key, value) for key, value in given if key in groups]
+    values = [(key, value) for key, value in given if key not in groups | {"recipe"}]
+    for group, value in choices:
+        options = sorted(path.stem for path in (folder / group).glob("*.yaml"))
+        if value not in options:
+            raise RecipeError(f"unknown {group}={value}{nearest(value, options)}; there are {', '.join(options)}")
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(folder.resolve()), version_base="1.3"):
+        composed = compose(chosen[0], overrides=[f"{key}={value}" for key, value in choices])
+    return typed(composed, values, where=f"recipe {chosen[0]}")
+
+
+def load_saved(path: Path, argv: Sequence[str]) -> Recipe:
+    """The recipe of an existing run, from its recipe.yaml, with settings changed. Raises RecipeError."""
+    if not path.is_file():
+        raise RecipeError(f"{path}: no such file; give the folder of a run")
+    try:
+        loaded = OmegaConf.load(path)
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: not a recipe: {' '.join(str(error).split())}") from None
+    if not isinstance(loaded, DictConfig):
+        raise RecipeError(f"{path}: not a recipe: expected settings")
+    return typed(loaded, [_split(word) for word in argv], where=str(path))
+
+
+def typed(plain: DictConfig, values: Iterable[tuple[str, str]], where: str) -> Recipe:
+    """Check plain values and overrides against the dataclasses. Raises RecipeError."""
+    known = dict(paths(Recipe))
+    values = list(values)
+    for key, _ in values:
+        if key not in known and not any(free and key.startswith(f"{name}.") for name, free in known.items()):
+            raise RecipeError(f"unknown setting {key!r}{nearest(key, list(known))}")
+    try:
+        OmegaConf.set_struct(plain, False)
+        merged = OmegaConf.merge(plain, OmegaConf.from_dotlist([f"{key}={value}" for key, value in values]))
+        defaults = {"run": Recipe.run} if "run" not in merged else {}
+        resolved = OmegaConf.to_container(OmegaConf.merge(defaults, merged), resolve=True)
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise RecipeError(f"{where}: {' '.join(str(error).split())}") from None
+    recipe = build(Recipe, resolved)
+    _validate(recipe)
+    return recipe
+
+
+def as_yaml(recipe: Recipe) -> str:
+    """The resolved recipe as YAML text."""
+    return OmegaConf.to_yaml(OmegaConf.create(asdict(recipe)))
+
+
+def recipe_names(folder: Path = RECIPES) -> list[str]:
+    """Recipes that can be run: files that do not start with an underscore."""
+    return sorted(path.stem for path in folder.glob("*.yaml") if not path.stem.startswith("_"))
+
+
+def _split(word: str) -> tuple[str, str]:
+    key, equals, value = word.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"cannot read {word!r}: settings are KEY=VALUE, for instance optim.lr=1e-4")
+    return key, value
+
+
+def _one_of(key: str, value: str, options: Sequence[str]) -> None:
+    if value not in options:
+        raise RecipeError(f"{key}={value}{nearest(value, options)}; it is one of {', '.join(options)}")
+
+
+def _validate(recipe: Recipe) -> None:
+    """What types cannot say. Checks that need other parts (tokenizer, ranks) live with those parts."""
+    _one_of("engine.name", recipe.engine.name, ("local", "deepspeed"))
+    _one_of("engine.device", recipe.engine.device, ("auto", "cpu", "cuda"))
+    _one_of("engine.precision", recipe.engine.precision, ("fp32", "bf16"))
+    _one_of("optim.schedule", recipe.optim.schedule, ("cosine", "wsd"))
+    _one_of("log.wandb", recipe.log.wandb, ("off", "offline", "online"))
+    _one_of("eval.suite", recipe.eval.suite, ("asr",))
+    try:
+        recipe.data.validate()
+    except DataError as error:
+        raise RecipeError(str(error)) from None
+    if recipe.engine.zero not in (1, 2, 3):
+        raise RecipeError(f"engine.zero={recipe.engine.zero}: it is 1, 2 or 3")
+    if not recipe.phases:
+        raise RecipeError("phases is empty: give at least one, for instance phases.all.steps=1000")
+    at_least_one: Mapping[str, float] = {
+        **{f"phases.{name}.steps": phase.steps for name, phase in recipe.phases.items()},
+        "engine.ep": recipe.engine.ep,
+        "save.every": recipe.save.every,
+        "save.keep": recipe.save.keep,
+        "log.every": recipe.log.every,
+        "loss.chunk": recipe.loss.chunk,
+        "eval.max_new_tokens": recipe.eval.max_new_tokens,
+    }
+    for key, value in at_least_one.items():
+        if value < 1:
+            raise RecipeError(f"{key}={value}: it must be at least 1")

@@ -1,0 +1,125 @@
+"""A run: its folder, its meters, its checkpoints, its signals. The loop's only side effects go through here.
+
+outputs/NAME/recipe.yaml      the resolved recipe
+             metrics.jsonl    one line every log.every steps; evaluations too
+             checkpoints/     step-00001234/, latest
+             eval/            JSON of every evaluation
+             curves.png
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from tqdm import tqdm
+
+from data.types import Batch
+from train import ranks
+from train.checkpoint import Saver
+from train.engines import Engine
+from train.evaluate import Evaluator
+from train.metrics import Meters, cut_after
+from train.recipe import Recipe, as_yaml
+
+
+class Run:
+    """The state of a run outside the engine."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: Path,
+        meters: Meters,
+        saver: Saver,
+        evaluator: Evaluator,
+        identity: Mapping[str, Any],
+        cursor_at: Any,
+        start_step: int,
+    ) -> None:
+        self.recipe, self.folder, self.meters, self.saver = recipe, folder, meters, saver
+        self.evaluator, self.identity, self.cursor_at = evaluator, identity, cursor_at
+        self.stop_requested = False
+        self._keys = None
+        if recipe.log.keys:
+            path = folder / f"keys-rank{ranks.rank()}.jsonl"
+            cut_after(path, start_step)
+            self._keys = path.open("a")
+
+    @staticmethod
+    def open_folder(recipe: Recipe) -> Path:
+        """Make the run's folder and save the recipe in it."""
+        folder = Path(recipe.run)
+        if ranks.rank() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "recipe.yaml").write_text(as_yaml(recipe))
+        ranks.barrier()
+        return folder
+
+    @staticmethod
+    def is_due(every: int, step: int) -> bool:
+        """Whether something that happens every so many steps happens now."""
+        return every > 0 and step % every == 0
+
+    def listen(self) -> None:
+        """SIGTERM, SIGUSR1 and Ctrl-C: finish the step, save, leave. A second one ends the process at once."""
+
+        def request(number: int, _: FrameType | None) -> None:
+            if self.stop_requested:
+                raise KeyboardInterrupt
+            self.stop_requested = True
+            self.meters.say(f"{signal.Signals(number).name}: finishing the step and saving; once more to leave at once")
+
+        for name in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(name, request)
+
+    def consumed(self, step: int, microbatches: Sequence[Batch]) -> None:
+        """Note the samples of a step, when log.keys asks for it."""
+        if self._keys is not None:
+            keys = [key for batch in microbatches for key in batch.keys]
+            self._keys.write(json.dumps({"step": step, "keys": keys}) + "\n")
+            self._keys.flush()
+
+    def report_skipped(self, microbatches: Sequence[Batch]) -> None:
+        """One line for every sample that this rank could not read."""
+        for batch in microbatches:
+            for line in batch.skipped:
+                tqdm.write(f"skipped: {line}")
+
+    def save(self, engine: Engine, step: int) -> None:
+        """Hand the state to the writer process; training goes on while it writes."""
+        info = {
+            "identity": self.identity,
+            "recipe": as_yaml(self.recipe),
+            "engine": {
+                "name": self.recipe.engine.name,
+                "world": ranks.world(),
+                "zero": self.recipe.engine.zero,
+            },
+            "seed": self.recipe.seed,  # every draw is keyed by (seed, epoch, sample): there is no other random state
+            "cursor": self.cursor_at(step),
+            "counters": {"skipped": self.meters.num_skipped},
+        }
+        self.meters.exclude(self.saver.save(step, engine.fragments(), info))
+
+    def evaluate(self, engine: Engine, step: int) -> None:
+        """Evaluate on every set and record the results."""
+        began = time.monotonic()
+        for report in self.evaluator.reports(engine, step):
+            self.meters.record(step, {"eval": report.set_name, "wer": report.wer, "words": report.num_words})
+            if ranks.rank() == 0:
+                self.meters.say(report.table())
+                report.write(self.folder / "eval", step)
+        self.meters.exclude(time.monotonic() - began)
+
+    def close(self) -> None:
+        """Wait until the last checkpoint is published, and end the meters."""
+        self.saver.close()
+        self.meters.close()
+        if self._keys is not None:
+            self._keys.close()
