@@ -21,8 +21,9 @@ setup: .venv/.stamp
 demo: .venv/.stamp  ## a tiny omni model learns five languages of synthetic speech, in six minutes
 	@$(BIN)/python -m launch.demo
 
+FSDD ?= ../shared/data/fsdd_dev.tar
 fsdd: .venv/.stamp  ## real recordings: three speakers train, a fourth is never heard
-	@$(BIN)/python -m launch.fsdd
+	@$(BIN)/python -m launch.fsdd $(FSDD)
 
 test: .venv/.stamp
 	@$(BIN)/python -m pytest -q -m "not slow and not gpu"

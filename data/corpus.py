@@ -32,6 +32,8 @@ def expand(patterns: Sequence[str]) -> list[Path]:
         if not found:
             raise DataError(f'data.shards: no file matches "{text}"')
         paths += [Path(name) for name in found]
+    if not paths:
+        raise DataError("data.shards is empty: name at least one shard")
     seen = set()
     for path in paths:
         if path.resolve() in seen:

@@ -41,24 +41,31 @@ VOCAB_SIZE = 640
 
 @dataclass(frozen=True)
 class Grammar:
-    """Counted animals in one language: "four red dogs", "four dogs and six cats"."""
+    """Counted, coloured animals in one language: "four red dogs"."""
 
     voice: str  # espeak-ng's name of the language
     numbers: tuple[str, ...]
     colours: tuple[str, ...]
     animals: tuple[str, ...]
-    coloured: str = "{number} {colour} {animal}"
-    pair: str = "{number} {animal} and {other_number} {other_animal}"
+    sentence: str = "{number} {colour} {animal}"
+    counted: str = "{number} {animal}"
+    coloured: str = "{colour} {animal}"
 
     def sentences(self) -> list[str]:
-        """Every sentence, in a fixed order."""
-        phrases = itertools.product(self.numbers, self.colours, self.animals)
-        coloured = [self.coloured.format(number=n, colour=c, animal=a) for n, c, a in phrases]
-        counted = itertools.product(self.numbers, self.animals, self.numbers, self.animals)
-        pairs = [
-            self.pair.format(number=n, animal=a, other_number=m, other_animal=b) for n, a, m, b in counted if a != b
-        ]
-        return coloured + pairs
+        """Every whole sentence, in a fixed order."""
+        return self._fill(self.sentence)
+
+    def phrases(self) -> list[str]:
+        """Every pair of words of a sentence."""
+        return self._fill(self.counted) + self._fill(self.coloured)
+
+    def words(self) -> list[str]:
+        """Every word alone."""
+        return [*self.numbers, *self.colours, *self.animals]
+
+    def _fill(self, template: str) -> list[str]:
+        choices = itertools.product(self.numbers, self.colours, self.animals)
+        return list(dict.fromkeys(template.format(number=n, colour=c, animal=a) for n, c, a in choices))
 
 
 # Numbers and cases are chosen so that one form of each word fits every sentence.
@@ -74,30 +81,29 @@ GRAMMARS = {
         numbers=("zwei", "drei", "vier", "fünf", "sechs", "sieben"),
         colours=("rote", "blaue", "grüne", "weiße", "schwarze"),
         animals=("Hunde", "Katzen", "Vögel", "Pferde", "Hasen"),
-        pair="{number} {animal} und {other_number} {other_animal}",
     ),
     "fr": Grammar(
         voice="fr",
         numbers=("deux", "trois", "quatre", "cinq", "six", "sept"),
         colours=("rouges", "bleus", "verts", "blancs", "noirs"),
         animals=("chiens", "chats", "poissons", "chevaux", "lapins"),
-        coloured="{number} {animal} {colour}",
-        pair="{number} {animal} et {other_number} {other_animal}",
+        sentence="{number} {animal} {colour}",
+        coloured="{animal} {colour}",
     ),
     "ru": Grammar(
         voice="ru",
         numbers=("пять", "шесть", "семь", "восемь", "девять", "десять"),
         colours=("красных", "синих", "зелёных", "белых", "чёрных"),
         animals=("собак", "котов", "птиц", "лошадей", "зайцев"),
-        pair="{number} {animal} и {other_number} {other_animal}",
     ),
     "zh": Grammar(
         voice="cmn",
         numbers=("两", "三", "四", "五", "六", "七"),
         colours=("红", "蓝", "绿", "白", "黑"),
         animals=("狗", "猫", "鸟", "羊", "兔"),
-        coloured="{number}只{colour}{animal}",
-        pair="{number}只{animal}和{other_number}只{other_animal}",
+        sentence="{number}只{colour}{animal}",
+        counted="{number}只{animal}",
+        coloured="{colour}{animal}",
     ),
 }
 
@@ -174,8 +180,17 @@ def make_corpus(folder: Path, settings: Settings, quiet: bool = False) -> dict[s
 
 def _plan_language(settings: Settings, language: str) -> list[Utterance]:
     rng = np.random.default_rng((settings.seed, list(GRAMMARS).index(language)))
-    sentences = rng.permutation(GRAMMARS[language].sentences()).tolist()
+    grammar = GRAMMARS[language]
+    sentences = rng.permutation(grammar.sentences()).tolist()
     unheard, heard = sentences[: settings.heldout], sentences[settings.heldout :]
+    if not heard:
+        raise DataError(f"--heldout {settings.heldout}: must be below the {len(sentences)} sentences of {language}")
+    short = rng.permutation(grammar.phrases()).tolist(), rng.permutation(grammar.words()).tolist()
+    texts = {
+        "train": (heard, heard, *short),  # short ones let the model find which sound is which word
+        "voices": (heard,),
+        "sentences": (unheard,),
+    }
     place = settings.languages.index(language)
     sizes = {
         "train": settings.clips // len(settings.languages) + (place < settings.clips % len(settings.languages)),
@@ -184,14 +199,15 @@ def _plan_language(settings: Settings, language: str) -> list[Utterance]:
     }
     utterances = []
     for split, size in sizes.items():
-        texts = unheard if split == "sentences" else heard
         variants = HELDOUT_VARIANTS if split == "voices" else TRAIN_VARIANTS
         for i in range(size):
+            turn, kind = divmod(i, len(texts[split]))
+            choices = texts[split][kind]
             utterance = Utterance(
                 key=f"{split}-{language}-{i:06d}",
                 split=split,
                 language=language,
-                text=texts[i % len(texts)],
+                text=choices[turn % len(choices)],
                 variant=variants[int(rng.integers(len(variants)))],
                 rate=int(rng.integers(140, 211)),
                 pitch=int(rng.integers(30, 71)),

@@ -72,7 +72,7 @@ class Synthesizer:
         status = self._library.espeak_Synth(encoded, len(encoded) + 1, 0, _BY_CHARACTER, 0, _UTF8, None, None)
         _check(status, f"cannot say {text!r}")
         _check(self._library.espeak_Synchronize(), f"cannot say {text!r}")
-        if not self._pieces:
+        if not any(piece.any() for piece in self._pieces):
             raise DataError(f"espeak-ng gives no sound for {text!r} with voice {voice!r}")
         return np.concatenate(self._pieces)
 

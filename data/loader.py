@@ -26,6 +26,7 @@ from data.plan import Pack, Plan
 from data.reader import Reader
 from data.types import Batch
 
+POLL_S = 2.0  # how soon a dead worker is noticed
 WORKER_TIMEOUT_S = 900.0  # for one pack; a worker that takes longer hangs
 
 
@@ -67,7 +68,7 @@ def stream(
         context = multiprocessing.get_context("forkserver")
         modules = {"__main__", "data.loader", reader.num_audio_tokens.__module__, reader.positions.__module__}
         context.set_forkserver_preload(sorted(modules))  # imported once for all workers: torch alone takes seconds
-        parallel = {"multiprocessing_context": context, "prefetch_factor": prefetch, "timeout": WORKER_TIMEOUT_S}
+        parallel = {"multiprocessing_context": context, "prefetch_factor": prefetch, "timeout": POLL_S}
     loader = DataLoader(
         _Packs(reader),
         batch_size=None,
@@ -138,24 +139,46 @@ class _Ending:
 
 
 def _next(batches: Iterator[Batch | DataError]) -> Batch:
-    try:
-        batch = next(batches)
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader "):
-            raise
-        raise DataError(
-            f"a data worker died or hangs ({str(error).splitlines()[0]}); the usual cause is memory: lower "
-            "data.workers or data.prefetch, or give /dev/shm more room"
-        ) from None
-    if isinstance(batch, DataError):
-        raise batch
-    return batch
+    problem = f"no answer for {WORKER_TIMEOUT_S:.0f} s"
+    for _ in range(round(WORKER_TIMEOUT_S / POLL_S)):
+        try:
+            batch = next(batches)
+        except RuntimeError as error:
+            problem = str(error).splitlines()[0]
+            if problem.startswith("DataLoader timed out"):  # all workers are alive: the loader may be asked again
+                continue
+            if not problem.startswith("DataLoader worker"):
+                raise
+            break
+        if isinstance(batch, DataError):
+            raise batch
+        return batch
+    raise DataError(
+        f"a data worker died or hangs ({problem}); the usual cause is memory: lower data.workers or data.prefetch, "
+        "or give /dev/shm more room"
+    )
 
 
 def _start_worker(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.excepthook = _hook
+    # torch's own watch looks at the forkserver, which lives as long as its workers: they would wait for each other
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Say nothing where the parent hung up while a tensor was on its way, as it does at Ctrl-C."""
+    if not isinstance(error, ConnectionError | EOFError):
+        sys.__excepthook__(kind, error, trace)
 
 
 def _unchanged(batch: Any) -> Any:

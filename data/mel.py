@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from data.audio import MIN_SAMPLES, SAMPLE_RATE
+from data.errors import BadSample
 
 NUM_MELS = 128
 HOP = 160
@@ -31,10 +32,10 @@ def num_frames(num_samples: int) -> int:
 def log_mel(wave_S: np.ndarray, block_frames: int = _BLOCK_FRAMES) -> torch.Tensor:
     """Log-mel float32 [S // 160, 128] of float32 [S] at 16 kHz; `block_frames` only bounds memory.
 
-    Raises ValueError below one window (400 samples).
+    Raises BadSample below one window (400 samples).
     """
     if len(wave_S) < MIN_SAMPLES:
-        raise ValueError(f"log_mel needs at least {MIN_SAMPLES} samples, got {len(wave_S)}")
+        raise BadSample(f"audio is too short: {len(wave_S)} samples, log-mel needs at least {MIN_SAMPLES}")
     frames = num_frames(len(wave_S))
     padded_S = torch.from_numpy(np.pad(wave_S.astype(np.float32, copy=False), WINDOW // 2, mode="reflect"))
     window, filters_MK = torch.hann_window(WINDOW), mel_filters()

@@ -22,6 +22,7 @@ from hashlib import sha256
 import numpy as np
 
 from data.audio import MIN_SAMPLES
+from data.augment import ramp
 from data.balance import Work, deal
 from data.corpus import Corpus
 from data.errors import DataError
@@ -29,7 +30,7 @@ from data.hashing import hashed, permutation
 from data.mel import HOP
 from data.packing import pack
 
-_SHARDS, _SAMPLES, _PACKS, _SPEED = range(4)  # what a random number is for
+_SHARDS, _SAMPLES, _PACKS, _SPEED, _RAMP = range(5)  # what a random number is for
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class PlanSettings:
     window: int = 65536
     speeds: tuple[float, ...] = (1.0,)
     too_long: str = "error"
+    ramp_epochs: float = 0.0  # epochs over which ever more samples change their speed
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,10 @@ class Plan:
     def fingerprint(self) -> str:
         """Same fingerprint, same samples in the same steps. The balance over ranks is not part of it."""
         probe = self.num_audio_tokens(np.arange(0, 4000, 7)).tolist()
-        parts = (self.corpus.fingerprint, sorted(asdict(self.settings).items()), self.seed, probe, 1)
+        # settings at their defaults do not count, so that a new one leaves the fingerprints of older runs alone
+        plain = asdict(PlanSettings(0, 0))
+        settings = sorted(item for item in asdict(self.settings).items() if plain[item[0]] != item[1])
+        parts = (self.corpus.fingerprint, settings, self.seed, probe, 1)
         return sha256(repr(parts).encode()).hexdigest()
 
     def step(self, step: int) -> list[Pack]:
@@ -157,7 +162,10 @@ class Plan:
         if not isinstance(cursor, Cursor):
             cursor = Cursor(**cursor)  # type: ignore[arg-type]
         if cursor.plan != self.fingerprint:
-            raise DataError("the checkpoint's data position belongs to other shards, settings or seed")
+            raise DataError(
+                "data.shards, the sequence length, batch, window, speeds or seed are not those of the checkpoint, so its place "
+                "in the data means nothing; go back to them, or start another run with init=THIS_RUN"
+            )
         self._base, self._first_pack, self._recent = cursor.window, [cursor.first_pack], {}
 
     def _find(self, pack_number: int) -> int:
@@ -220,6 +228,8 @@ class Plan:
     def _speeds(self, epoch: int, ids: np.ndarray, costs: _Costs) -> np.ndarray:
         choices = np.asarray(self.settings.speeds, np.float64)
         drawn = choices[hashed(self.seed, epoch, _SPEED, ids) % np.uint64(len(choices))]
+        chance = hashed(self.seed, epoch, _RAMP, ids) / 2.0**64
+        drawn = np.where(chance < ramp(self.settings.ramp_epochs, epoch), drawn, 1.0)
         return np.where(costs.fixed_speed, 1.0, drawn)
 
     def _lengths(self, costs: _Costs, speeds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -230,8 +240,13 @@ class Plan:
 
     def _slowest_tokens(self, costs: _Costs) -> np.ndarray:
         """Tokens at the slowest speed: whether a sample is too long must not depend on the epoch's draw."""
-        slowest = np.where(costs.fixed_speed, 1.0, min(self.settings.speeds))
+        slowest = np.where(costs.fixed_speed, 1.0, self.slowest_speed)
         return self._lengths(costs, slowest)[0]
+
+    @property
+    def slowest_speed(self) -> float:
+        """The smallest factor that a sample may get."""
+        return min(*self.settings.speeds, 1.0) if self.settings.ramp_epochs else min(self.settings.speeds)
 
     def _find_too_long(self) -> dict[str, int]:
         """Samples above sequence_length by source; reads the costs of those shards only that may hold one."""
@@ -239,7 +254,7 @@ class Plan:
         for shard in range(len(self.corpus.paths)):
             index = self.corpus.index(shard)
             about = index.about
-            longest = int(about["max_audio_samples"] / min(self.settings.speeds)) // HOP + 1
+            longest = int(about["max_audio_samples"] / self.slowest_speed) // HOP + 1
             audio_tokens = int(np.asarray(self.num_audio_tokens(np.array([longest])))[0])
             if about["max_text_tokens"] + about["max_clips"] * audio_tokens <= limit:
                 continue

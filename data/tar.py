@@ -50,6 +50,8 @@ def read_members(path: Path) -> list[TarMember]:
                     members.append(TarMember(key, extension, info.offset_data, info.size))
     except FileNotFoundError:
         raise DataError(f"{path}: no such shard") from None
+    except DataError:
+        raise
     except tarfile.TarError as error:
         raise DataError(f"{path}: truncated, or not a plain tar ({error}); write it again") from None
     except (OSError, ValueError, OverflowError) as error:
@@ -79,7 +81,7 @@ def _check_end(path: Path, end: int) -> None:
         file.seek(end)
         while block := file.read(1 << 20):
             if block.count(0) != len(block):
-                raise DataError(f"{path}: damaged: no valid tar header at byte {end}; write the shard again")
+                raise DataError(f"{path}: damaged: no valid tar header at byte {end}; write it again")
 
 
 def group_samples(path: Path, members: list[TarMember]) -> Iterator[tuple[str, dict[str, TarMember]]]:

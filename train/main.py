@@ -131,7 +131,12 @@ def open_data(recipe: Recipe, tokenizer: Tokenizer) -> tuple[Plan, Reader]:
     data = recipe.data
     corpus = Corpus.open(data.shards, tokenizer.fingerprint)
     settings = PlanSettings(
-        data.sequence_length, data.sequences_per_step, data.window, tuple(data.speeds), data.too_long
+        data.sequence_length,
+        data.sequences_per_step,
+        data.window,
+        tuple(data.speeds),
+        data.too_long,
+        data.augment.ramp_epochs,
     )
     plan = Plan(corpus, settings, seed=recipe.seed, num_audio_tokens=num_audio_tokens)
     limits = Limits(max_seconds=data.max_audio_seconds)

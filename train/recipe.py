@@ -213,7 +213,10 @@ def typed(plain: DictConfig, values: Iterable[tuple[str, str]], where: str) -> R
             raise RecipeError(f"unknown setting {key!r}{nearest(key, list(known))}")
     try:
         OmegaConf.set_struct(plain, False)
-        merged = OmegaConf.merge(plain, OmegaConf.from_dotlist([f"{key}={value}" for key, value in values]))
+        merged = plain.copy()
+        for key, value in values:  # a value replaces what was there, dictionaries and lists too
+            given = OmegaConf.select(OmegaConf.from_dotlist([f"{key}={value}"]), key)
+            OmegaConf.update(merged, key, given, merge=False)
         defaults = {"run": Recipe.run} if "run" not in merged else {}
         resolved = OmegaConf.to_container(OmegaConf.merge(defaults, merged), resolve=True)
     except (OmegaConfBaseException, YAMLError) as error:

@@ -8,7 +8,7 @@ import runpy
 import sys
 from pathlib import Path
 
-COMMANDS = ("evaluate", "demo", "fsdd")
+COMMANDS = ("evaluate", "export", "demo", "fsdd")
 
 
 def main() -> int:
