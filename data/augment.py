@@ -26,13 +26,10 @@ class Augment:
     """What may happen to a clip; `*_probability` 0 and `*_masks` 0 switch a part off."""
 
     ramp_epochs: float = 0.0  # epochs over which it all, speed changes too, grows from nothing to full strength
-
-    ramp_epochs: float = 0.0  # all probabilities grow from 0 to their value over so many epochs; 0 is at once
     reverb_probability: float = 0.0
     reverb_seconds: tuple[float, float] = (0.05, 0.3)  # time to fall by 60 dB
     noise_probability: float = 0.0
     noise_snr_db: tuple[float, float] = (5.0, 30.0)
-    noise_max_hz: float = 8000.0  # no noise above: the band of narrow recordings
     gain_probability: float = 0.0
     gain_db: tuple[float, float] = (-12.0, 6.0)
     warp_probability: float = 0.0
@@ -77,12 +74,10 @@ def augment_wave(wave_S: np.ndarray, settings: Augment, seed: int, epoch: int, s
     rng = np.random.default_rng((seed, epoch, sample, _WAVE))
     if rng.random() >= ramp(settings.ramp_epochs, epoch):
         return wave_S
-    if rng.random() > _strength(settings, epoch):
-        return wave_S
     if rng.random() < settings.reverb_probability:
         wave_S = _reverberate(wave_S, rng.uniform(*settings.reverb_seconds), rng)
     if rng.random() < settings.noise_probability:
-        wave_S = _add_noise(wave_S, rng.uniform(*settings.noise_snr_db), settings.noise_max_hz, rng)
+        wave_S = _add_noise(wave_S, rng.uniform(*settings.noise_snr_db), rng)
     if rng.random() < settings.gain_probability:
         wave_S = wave_S * np.float32(10.0 ** (rng.uniform(*settings.gain_db) / 20.0))
     return wave_S
@@ -93,8 +88,6 @@ def augment_mel(mel_FM: torch.Tensor, settings: Augment, seed: int, epoch: int, 
     rng = np.random.default_rng((seed, epoch, sample, _MEL))
     strength = ramp(settings.ramp_epochs, epoch)
     if rng.random() >= strength:
-        return mel_FM
-    if rng.random() > _strength(settings, epoch):
         return mel_FM
     frames, num_mels = mel_FM.shape
     floor = mel_FM.min()
@@ -116,11 +109,6 @@ def augment_mel(mel_FM: torch.Tensor, settings: Augment, seed: int, epoch: int, 
         first = int(rng.integers(0, size - width + 1))
         mel_FM.narrow(dim, first, width).fill_(fill)
     return mel_FM
-
-
-def _strength(settings: Augment, epoch: int) -> float:
-    """Share of clips that are changed at all: clean clips first let a small model find the alignment."""
-    return min(1.0, epoch / settings.ramp_epochs) if settings.ramp_epochs else 1.0
 
 
 def _filter_centres() -> np.ndarray:
@@ -148,12 +136,11 @@ def warp_mel(mel_FM: torch.Tensor, alpha: float) -> torch.Tensor:
     return torch.lerp(mel_FM.index_select(1, below), mel_FM.index_select(1, below + 1), share_M)
 
 
-def _add_noise(wave_S: np.ndarray, snr_db: float, max_hz: float, rng: np.random.Generator) -> np.ndarray:
+def _add_noise(wave_S: np.ndarray, snr_db: float, rng: np.random.Generator) -> np.ndarray:
     """Noise whose spectrum falls by a random power of frequency, from white to brown."""
     samples = len(wave_S)
     spectrum_K = np.fft.rfft(rng.standard_normal(samples).astype(np.float32))
     spectrum_K *= np.maximum(np.arange(len(spectrum_K)), 1.0) ** -rng.uniform(0.0, 1.0)
-    spectrum_K[int(max_hz / (SAMPLE_RATE / 2) * len(spectrum_K)) :] = 0.0
     noise_S = np.fft.irfft(spectrum_K, samples)
     power = float(np.mean(np.square(wave_S, dtype=np.float64)))
     scale = math.sqrt(power / (float(np.mean(noise_S**2)) + 1e-12) * 10.0 ** (-snr_db / 10.0))

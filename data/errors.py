@@ -12,9 +12,10 @@ class BadSample(DataError):
     """
 
     def __init__(self, reason: str) -> None:
-        """Keep the reason as `reason` and as the message."""
-        super().__init__(reason)
-        self.reason = reason
+        """Keep the reason, as one line of at most 300 characters, as `reason` and as the message."""
+        line = " ".join(reason.split())
+        self.reason = line if len(line) <= 300 else f"{line[:297]}..."
+        super().__init__(self.reason)
 
     def __reduce__(self) -> tuple[type, tuple[str]]:
         """Travel between processes whole."""

@@ -13,8 +13,12 @@ from __future__ import annotations
 
 import atexit
 import multiprocessing
+import os
 import signal
+import sys
+import threading
 from collections.abc import Generator, Iterator
+from types import TracebackType
 from typing import Any, Protocol
 
 import torch

@@ -11,6 +11,7 @@ all of it, which is plain best-fit-decreasing.  Cost: about 1 us for each sample
 from __future__ import annotations
 
 from bisect import bisect_right
+from itertools import chain
 
 import numpy as np
 
@@ -39,7 +40,7 @@ def pack(lengths_N: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
     packs = best or []
     starts = np.zeros(len(packs) + 1, np.int64)
     np.cumsum([len(pack) for pack in packs], out=starts[1:])
-    order_N = np.fromiter((sample for pack in packs for sample in pack), np.int64, int(starts[-1]))
+    order_N = np.fromiter(chain.from_iterable(packs), np.int64, int(starts[-1]))
     return order_N, starts
 
 

@@ -163,8 +163,8 @@ class Plan:
             cursor = Cursor(**cursor)  # type: ignore[arg-type]
         if cursor.plan != self.fingerprint:
             raise DataError(
-                "data.shards, the sequence length, batch, window, speeds or seed are not those of the checkpoint, so its place "
-                "in the data means nothing; go back to them, or start another run with init=THIS_RUN"
+                "data.shards, the sequence length, batch, window, speeds or seed are not those of the checkpoint, so "
+                "its place in the data means nothing; go back to them, or start another run with init=THIS_RUN"
             )
         self._base, self._first_pack, self._recent = cursor.window, [cursor.first_pack], {}
 

@@ -50,6 +50,8 @@ def parse_sample(key: str, payload: bytes) -> tuple[SampleRecord, list[str]]:
         raise BadSample(f"its .json has {len(payload)} bytes, the limit is {MAX_JSON_BYTES}")
     try:
         content = json.loads(payload)
+        if b"\\ud" in payload or b"\\uD" in payload:  # escapes of half a character, which no tokenizer takes
+            json.dumps(content, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise BadSample(f"its .json cannot be read: {error}") from None
     if not isinstance(content, dict):

@@ -44,10 +44,7 @@ def read_members(path: Path) -> list[TarMember]:
                 end = info.offset_data + padded
                 _check_member(path, info)
                 if info.isreg():
-                    folder, _, name = info.name.rpartition("/")
-                    stem, _, extension = name.partition(".")
-                    key = f"{folder}/{stem}" if folder else stem
-                    members.append(TarMember(key, extension, info.offset_data, info.size))
+                    members.append(TarMember(*_key_and_extension(info.name), info.offset_data, info.size))
     except FileNotFoundError:
         raise DataError(f"{path}: no such shard") from None
     except DataError:
@@ -61,6 +58,14 @@ def read_members(path: Path) -> list[TarMember]:
         raise DataError(f"{path}: truncated: its last member ends at byte {end}, the file at {size}")
     _check_end(path, end)
     return members
+
+
+def _key_and_extension(path: str) -> tuple[str, str]:
+    if not path.isprintable():  # line ends, or bytes that are no UTF-8: keys appear in messages and in the index
+        path = repr(path)[1:-1]
+    folder, _, name = path.rpartition("/")
+    stem, _, extension = name.partition(".")
+    return (f"{folder}/{stem}" if folder else stem), extension
 
 
 def _check_member(path: Path, info: tarfile.TarInfo) -> None:

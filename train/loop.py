@@ -52,9 +52,10 @@ def fit(engine: Engine, stream: Iterable[tuple[int, Sequence[Batch]]], span: Spa
         last = step == end
         if run.is_due(recipe.eval.every, step) and not (stopped or last):
             run.evaluate(engine, step)
-        if run.is_due(recipe.save.every, step) or stopped or last:
+        too_many_bad = run.meters.num_skipped > recipe.data.max_bad_samples
+        if run.is_due(recipe.save.every, step) or stopped or last or too_many_bad:
             run.save(engine, step)
-        if run.meters.num_skipped > recipe.data.max_bad_samples:
+        if too_many_bad:
             raise EngineError(
                 f"{run.meters.num_skipped} samples could not be read, more than data.max_bad_samples="
                 f"{recipe.data.max_bad_samples}; the lines above name them. Repair the shards or raise the limit"

@@ -103,6 +103,24 @@ def test_masks_cover_at_most_what_is_stated() -> None:
         assert (masked != mel).any(dim=0).sum() <= 9
 
 
+def test_ramp_starts_with_clean_clips() -> None:
+    wave, settings = tone(SAMPLE_RATE), Augment(ramp_epochs=10, gain_probability=1.0, gain_db=(6.0, 6.0))
+    changed = {epoch: 0 for epoch in (0, 3, 5, 10, 50)}
+    for epoch in changed:
+        changed[epoch] = sum(augment_wave(wave, settings, 0, epoch, i) is not wave for i in range(200))
+    assert changed[0] == 0 and changed[10] == changed[50] == 200
+    assert 35 < changed[3] < 85 and 70 < changed[5] < 130
+
+
+def test_band_limit() -> None:
+    mel = log_mel(np.random.default_rng(0).standard_normal(SAMPLE_RATE).astype(np.float32))
+    narrow = augment_mel(mel, Augment(band_hz=4_000.0), 0, 0, 0)
+    kept = int((narrow == mel).all(dim=0).sum())
+    assert 80 < kept < 128
+    assert torch.equal(narrow[:, :kept], mel[:, :kept])
+    torch.testing.assert_close(narrow[:, kept:], torch.full((100, 128 - kept), float(mel.max()) - 2.0))
+
+
 def test_shortest_clip() -> None:
     wave = augment_wave(tone(SAMPLE_RATE)[:400], ALL, 0, 0, 0)
     assert augment_mel(log_mel(wave), ALL, 0, 0, 0).shape == (2, 128)

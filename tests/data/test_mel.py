@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from data.audio import SAMPLE_RATE, decode
+from data.errors import BadSample
 from data.mel import NUM_MELS, log_mel, mel_filters, num_frames
 
 SHARED = Path(__file__).resolve().parents[2] / "../shared/data"
@@ -100,5 +101,5 @@ def test_clamp_is_the_clips_own() -> None:
 
 
 def test_too_short() -> None:
-    with pytest.raises(ValueError, match="at least 400 samples, got 399"):
+    with pytest.raises(BadSample, match="399 samples, log-mel needs at least 400"):
         log_mel(np.zeros(399, np.float32))

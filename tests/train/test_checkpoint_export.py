@@ -10,10 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from models.hf import released_pieces
+from models.hf import released_pieces, to_released_config
+from tests.models.helpers import tiny_config, tiny_thinker
 from tests.train.checkpoint_helpers import SHAPES, make_state, write_steps
-from train.checkpoint import CheckpointReader, WeightsReader, candidates, export_weights, open_weights, verify
-from train.engines import WEIGHT
+from train.checkpoint import CheckpointReader, Saver, WeightsReader, candidates, export_weights, open_weights, verify
+from train.engines import WEIGHT, Fragment
 from train.errors import CheckpointError
 
 
@@ -69,6 +70,26 @@ def test_weights_come_from_a_run_a_checkpoint_or_a_single_file(reader: Checkpoin
     assert found.dtype == torch.float32 and torch.equal(found, values[1:3].bfloat16().float())
     with pytest.raises(CheckpointError, match="nothing to read weights from"):
         open_weights(tmp_path)
+
+
+def test_transformers_loads_what_a_saved_thinker_exports(tmp_path: Path):
+    from transformers.models.qwen3_omni_moe import modeling_qwen3_omni_moe as modeling
+
+    config = tiny_config()
+    thinker = tiny_thinker(3, config)
+    with Saver(tmp_path / "run", rank=0, world=1, launch_id="a", released_pieces=released_pieces) as saver:
+        named = [(name, p.detach()) for name, p in thinker.named_parameters()]
+        fragments = [Fragment(n, tuple(p.shape), 0, p.numel(), {WEIGHT: p.view(-1)}) for n, p in named]
+        saver.save(1, fragments, {"identity": {}})
+    reader = CheckpointReader(verify(candidates(tmp_path / "run")[0]), released_pieces)
+    folder = export_weights(reader, tmp_path / "weights", to_released_config(config), dtype=torch.float32)
+    theirs = modeling.Qwen3OmniMoeThinkerForConditionalGeneration.from_pretrained(folder).eval()
+    ids = torch.arange(10, 40)
+    positions = torch.arange(30.0).expand(3, 30)
+    with torch.no_grad():
+        hidden_TD, _ = thinker(ids, positions, (30,), torch.zeros(0, 128), ())
+        logits = theirs(input_ids=ids[None], attention_mask=torch.ones(1, 30, dtype=torch.int64)).logits[0]
+    assert torch.allclose(thinker.lm_head(hidden_TD), logits, atol=1e-4)
 
 
 @pytest.mark.parametrize("file", ["../secret.safetensors", "/etc/passwd", "model.bin", 7])

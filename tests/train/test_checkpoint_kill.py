@@ -68,7 +68,7 @@ def writers_of(run: Path) -> list[int]:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.timeout(240)
 def test_twenty_kills_while_saving(tmp_path: Path):
-    chooser, step, shm = random.Random(0), 0, os.listdir("/dev/shm")
+    chooser, step = random.Random(0), 0
     for kill in range(20):
         trainers = []
         for rank in range(WORLD):
@@ -91,11 +91,11 @@ def test_twenty_kills_while_saving(tmp_path: Path):
         assert found >= published > step, (found, published, step)
         step = found
     assert not writers_of(tmp_path)
-    assert os.listdir("/dev/shm") == shm
+    assert not [name for name in os.listdir("/dev/shm") if "omniloom" in name]
     with Saver(tmp_path, rank=0, world=1, launch_id="last", start_step=step):
         pass
     left = {path.name.split("-")[0] for path in (tmp_path / "checkpoints").iterdir()}
-    assert left <= {".lock", "step", "latest", ".latest.kill"} and len(candidates(tmp_path)) in (1, 2, 3)
+    assert left <= {".lock", "step", "latest"} and len(candidates(tmp_path)) in (1, 2, 3)
 
 
 class Countdown:
@@ -118,6 +118,7 @@ class Countdown:
 
 def save_until(run: Path, calls: int) -> None:
     """Save step 2 with a writer in this process, which dies at a given system call."""
+    torch.set_num_threads(1)  # the parent's thread pool did not come along
     memory = os.memfd_create("test")
     values = [tensor for rank in (0, 1) for f in fragments_of(rank, 2) for tensor in f.tensors.values()]
     os.write(memory, b"".join(tensor.numpy().tobytes() for tensor in values))
@@ -152,6 +153,7 @@ def test_a_death_at_every_system_call_of_the_writer(tmp_path: Path):
         process = FORK.Process(target=save_until, args=(run, calls))
         process.start()
         process.join(60)
+        process.kill()
         assert process.exitcode in (0, 9)
         seen.append(check(run))
         if process.exitcode == 0:

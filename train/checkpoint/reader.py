@@ -121,7 +121,9 @@ class WeightsReader:
 
     def kinds(self, name: str) -> frozenset[str]:
         """See train.engines.StateReader."""
-        pieces = self._pieces(name, tuple(self._shapes[name]), 0, 1) if name in self._shapes else [(name,)]
+        if self._pieces is identity_pieces:
+            return frozenset({WEIGHT} if name in self._file_of else ())
+        pieces = self._pieces(name, tuple(self._shapes[name]), 0, 1)
         return frozenset({WEIGHT} if pieces[0][0] in self._file_of else ())
 
     def names(self) -> Mapping[str, tuple[int, ...]]:

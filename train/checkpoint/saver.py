@@ -110,10 +110,9 @@ class Saver:
         if self._writer.poll() is not None:
             self._start_writer()
         self._lay_out(fragments)
-        for view, source in zip(self._views, _sources(fragments, self._settings["rank"]), strict=True):
-            view.copy_(source, non_blocking=True)
-        if any(source.is_cuda for source in _sources(fragments[:1], self._settings["rank"])):
-            torch.cuda.synchronize()
+        mine = (f for f in fragments if _is_mine(f, self._settings["rank"]))
+        for view, source in zip(self._views, (t for f in mine for t in f.tensors.values()), strict=True):
+            view.copy_(source)
         self._send({"step": step, "aside": self._aside, "info": info})
         self._in_flight = step
         return time.perf_counter() - began
@@ -244,10 +243,6 @@ class Saver:
 
 def _is_mine(fragment: Fragment, rank: int) -> bool:
     return fragment.length > 0 and (rank == 0 or not fragment.replicated)
-
-
-def _sources(fragments: Iterable[Fragment], rank: int) -> Iterable[Tensor]:
-    return (tensor for f in fragments if _is_mine(f, rank) for tensor in f.tensors.values())
 
 
 def _layout_row(fragment: Fragment, released_pieces: ReleasedPieces) -> list[Any]:

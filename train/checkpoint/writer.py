@@ -69,6 +69,7 @@ class Writer:
     def prepare(self, timeout_s: float) -> int:
         """Take the lock; rank 0 also waits for the previous run's writers and removes what they left."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        _fsync_folder(self.folder.parent)
         handle = lock.acquire(self.folder, self.rank, self.launch, timeout_s)
         if self.rank == 0:
             lock.wait_for_writers(self.folder, timeout_s, launch=self.launch)
@@ -83,6 +84,8 @@ class Writer:
                 shutil.rmtree(path, ignore_errors=True)
         for path in self.folder.glob(".trash-*"):
             shutil.rmtree(path, ignore_errors=True)
+        for path in self.folder.glob(".latest.*"):
+            path.unlink()
 
     def set_layout(self, layout: list[Any]) -> None:
         """What the shared memory holds from now on."""
@@ -162,11 +165,10 @@ class Writer:
         for name in aside:
             if (self.folder / name).exists():
                 (self.folder / name).rename(self.folder / f"aside-{name}.{self.launch}")
-        final = self.folder / step_folder(step)
-        folder.rename(final)
-        _fsync_folder(self.folder)
         part = self.folder / f".latest.{self.launch}"
-        _write_durably(part, f"{final.name}\n".encode())
+        _write_durably(part, f"{step_folder(step)}\n".encode())  # before the rename: nothing after it can fill the disk
+        folder.rename(self.folder / step_folder(step))
+        _fsync_folder(self.folder)
         part.rename(self.folder / "latest")
         _fsync_folder(self.folder)
 

@@ -1,0 +1,95 @@
+"""Word error rates: normalisation, rows, and that distributed ranks would add up to the same report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from data.corpus import Corpus
+from data.prompts import PromptSet
+from data.reader import Reader
+from data.shards import write_shards
+from tests.data.corpus_kit import num_audio_tokens, spoken, tokenizer, written
+from train.engines import Shard
+from train.evaluate import Evaluator, normalise
+from train.recipe import EvalConfig
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Hello,  World!", "hello world"),
+        ("it's - fine.", "its fine"),
+        ("四只红狗。", "四 只 红 狗"),
+        ("Ёлка\tи  дом", "ёлка и дом"),
+        ("ﬁve", "five"),
+        ("", ""),
+    ],
+)
+def test_normalise(text: str, expected: str) -> None:
+    assert normalise(text) == expected
+
+
+class Parrot:
+    """An engine that answers by key, and counts the batches it was given."""
+
+    is_main = True
+
+    def __init__(self, answers: dict[str, str]) -> None:
+        self.shard, self.words, self.answers, self.batches = Shard(0, 1), tokenizer(), answers, 0
+
+    def generate(self, batch, max_new_tokens, stop_id):
+        self.batches += 1
+        assert stop_id == self.words.id("<|im_end|>")
+        return [self.words.encode(self.answers[key.split(":")[1]])[:max_new_tokens] for key in batch.keys]
+
+
+def make_set(folder: Path) -> PromptSet:
+    records = [
+        spoken("a", 0.4, "one two three", language="en"),
+        spoken("b", 1.5, "one two", language="en"),
+        spoken("c", 0.3, "四只狗", language="zh"),
+        written("d", "hello world", language="de"),
+    ]
+    write_shards(records, folder, tokenizer())
+    corpus = Corpus.open([f"{folder}/*.tar"], tokenizer().fingerprint)
+    return PromptSet(Reader(corpus, tokenizer(), seed=0, num_audio_tokens=num_audio_tokens))
+
+
+def test_report_counts_by_language(tmp_path: Path) -> None:
+    engine = Parrot({"a": "one two four", "b": "One two!", "c": "四狗", "d": "hello big world"})
+    config = EvalConfig(batch_tokens=40, max_new_tokens=30)
+    (report,) = Evaluator(config, {"mine": make_set(tmp_path / "s")}, tokenizer()).reports(engine, 7)  # type: ignore[arg-type]
+    rows = {row.language: row for row in report.rows}
+    assert engine.batches > 1, "a limit of 40 prompt tokens must part the samples"
+    assert rows["en"].wer == pytest.approx(1 / 5) and rows["en"].substitutions == 1
+    assert rows["zh"].wer == pytest.approx(1 / 3) and rows["zh"].deletions == 1
+    assert rows["de"].wer == pytest.approx(1 / 2) and rows["de"].insertions == 1
+    assert report.wer == pytest.approx(3 / 10) and report.num_words == 10 and rows["all"].num_samples == 4
+    saved = json.loads(report.write(tmp_path / "eval", 7).read_text())
+    assert saved["wer"] == report.wer and len(saved["examples"]) == 4
+    assert saved["examples"][0]["reference"] == "one two three"
+    assert "zh" in report.table() and "30.0%" in report.table()
+
+
+def test_max_samples_spreads(tmp_path: Path) -> None:
+    engine = Parrot({"a": "one", "b": "", "c": "", "d": ""})
+    evaluator = Evaluator(EvalConfig(max_samples=2, max_new_tokens=4), {"s": make_set(tmp_path / "s")}, tokenizer())
+    (report,) = evaluator.reports(engine, 0)  # type: ignore[arg-type]
+    assert [example["key"].split(":")[1] for example in report.examples] == ["a", "c"]
+
+
+def test_a_damaged_clip_is_counted_not_hidden(tmp_path: Path) -> None:
+    prompts = make_set(tmp_path / "s")
+    tar = next((tmp_path / "s").glob("*.tar"))
+    data = bytearray(tar.read_bytes())
+    start = int(prompts.reader.corpus.index(0).columns["member_start"][1])  # the audio of the first sample
+    data[start + 2000] ^= 0xFF
+    tar.write_bytes(data)
+    engine = Parrot({"a": "x", "b": "one two", "c": "四只狗", "d": "hello world"})
+    (report,) = Evaluator(EvalConfig(max_new_tokens=30), {"s": prompts}, tokenizer()).reports(engine, 0)  # type: ignore[arg-type]
+    assert report.rows[-1].num_samples == 3 and report.wer == 0
+    assert len(report.skipped) == 1 and ":a: " in report.skipped[0] and "crc32" in report.skipped[0]
+    assert "1 samples could not be read" in report.table()
