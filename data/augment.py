@@ -50,20 +50,6 @@ class Augment:
                 raise ValueError(f"{name}={value}: must be between 0 and 1")
 
 
-STANDARD = Augment(  # what helped an unheard speaker most in docs/log.md; a reverberant room did not occur there
-    noise_probability=0.7,
-    noise_snr_db=(0.0, 40.0),
-    gain_probability=0.7,
-    gain_db=(-7.0, 7.0),
-    warp_probability=1.0,
-    equaliser_probability=1.0,
-    frequency_masks=2,
-    frequency_mask_mels=14,
-    time_masks=1,
-    time_mask_frames=8,
-)
-
-
 def ramp(ramp_epochs: float, epoch: int) -> float:
     """Strength of augmentation in an epoch, 0 to 1: a model that has learnt nothing yet learns faster without it."""
     return min(1.0, epoch / ramp_epochs) if ramp_epochs > 0 else 1.0

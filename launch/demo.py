@@ -2,14 +2,14 @@
 
     python -m launch.demo [KEY=VALUE ...]        settings of recipes/demo.yaml
 
-    espeak-ng --> outputs/demo_data/{train,voices,sentences} --> train.py recipe=demo --> word error rate, curves, checkpoint
+    espeak-ng --> outputs/demo_data/{train,voices,sentences} --> train.py recipe=demo --> word error rate, curves
 
-Interrupted, it goes on where it was; ended, it says so. Remove outputs/demo to train again, outputs/demo_data to make new data.
+Interrupted, it goes on where it was; ended, it says so. Remove outputs/demo to train again, outputs/demo_data to make
+new data.
 """
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,13 +22,8 @@ DATA = Path("outputs/demo_data")
 
 def main(argv: Sequence[str]) -> int:
     """Exit status: 0, or that of the part that failed."""
-    if not (DATA / "corpus.json").is_file():  # written last
-        shutil.rmtree(DATA, ignore_errors=True)
-        print(f"making a speech corpus in {DATA}: English, German, French, Russian, Mandarin; synthetic voices")
-        status = corpus.main([str(DATA)])
-        if status:
-            return status
-    return train(["recipe=demo", *argv])
+    print(f"speech corpus in {DATA}: English, German, French, Russian, Mandarin; synthetic voices")
+    return corpus.main([str(DATA)]) or train(["recipe=demo", *argv])  # a corpus that is there already is kept
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Word error rate of any checkpoint of any engine.
 
-    python -m launch.evaluate run=outputs/demo [suite=asr] [checkpoint=latest] [shards=corpus/test/*.tar] [KEY.KEY=VALUE ...]
+    python -m launch.evaluate run=outputs/demo [suite=asr] [checkpoint=latest] [shards=corpus/*.tar] [KEY=VALUE ...]
 
 Without `shards` it takes the sets of the run's recipe (eval.sets). Other settings change the recipe, for instance
 eval.max_samples=200 or engine.device=cpu. Prints a table and writes RUN/eval/SET-stepN.json.

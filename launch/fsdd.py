@@ -1,11 +1,11 @@
-"""Real recordings of spoken digits: three speakers train, a fourth is never heard (Free Spoken Digit Dataset, CC BY-SA 4.0).
+"""Real recordings of spoken digits: three speakers train, a fourth is never heard (Free Spoken Digit Dataset).
 
-    python -m launch.fsdd TAR_OR_FOLDER [KEY=VALUE ...]        settings of recipes/fsdd.yaml
+python -m launch.fsdd TAR_OR_FOLDER [KEY=VALUE ...]        settings of recipes/fsdd.yaml
 
-    {digit}_{speaker}_{n}.wav --> outputs/fsdd_data/train     george, jackson, lucas, nine takes in ten
-                                                   /heldout   the other takes of the three
-                                                   /speaker   nicolas
-    train.py recipe=fsdd --> word error rate on heldout and speaker
+{digit}_{speaker}_{n}.wav --> outputs/fsdd_data/train     george, jackson, lucas, nine takes in ten
+                                               /heldout   the other takes of the three
+                                               /speaker   nicolas
+train.py recipe=fsdd --> word error rate on heldout and speaker
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ def test_only_one_name_lands_in_site_packages(wheel: Path) -> None:
 
 
 def test_the_command_runs_in_a_clean_environment(wheel: Path, tmp_path: Path) -> None:
-    """A fresh venv with only this wheel; its dependencies come from ours by a .pth file, since installing needs a network."""
+    """A fresh venv with only this wheel; its dependencies come from ours by a .pth file: installing needs a network."""
     home = tmp_path / "venv"
     venv.create(home, with_pip=True)
     python = home / "bin" / "python"

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -47,13 +48,9 @@ class Meters:
             return
         cut_after(self.path, start_step)
         self._file = self.path.open("a")
+        often = 0.5 if sys.stderr.isatty() else 30.0  # seconds: a log file needs no animation
         self._bar = tqdm(
-            initial=start_step,
-            total=end_step,
-            unit="step",
-            dynamic_ncols=True,
-            smoothing=0.1,
-            mininterval=0.5,
+            initial=start_step, total=end_step, unit="step", dynamic_ncols=True, smoothing=0.1, mininterval=often
         )
         self._wandb = start_wandb(log, folder) if log.wandb != "off" else None
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from data.audio import SAMPLE_RATE
-from data.augment import STANDARD, Augment, augment_mel, augment_wave, warp_mel
+from data.augment import Augment, augment_mel, augment_wave, warp_mel
 from data.mel import log_mel
 from tests.data.audio_bytes import tone
 
@@ -31,12 +31,11 @@ def test_default_changes_nothing() -> None:
     assert augment_mel(mel, Augment(), 0, 0, 0) is mel
 
 
-@pytest.mark.parametrize("settings", [ALL, STANDARD])
-def test_pure_function_of_its_keys(settings: Augment) -> None:
-    wave, mel = both(settings, 1, 2, 3)
+def test_pure_function_of_its_keys() -> None:
+    wave, mel = both(ALL, 1, 2, 3)
     np.random.default_rng(0).random()
     torch.rand(1)
-    again, mel_again = both(settings, 1, 2, 3)
+    again, mel_again = both(ALL, 1, 2, 3)
     assert np.array_equal(wave, again) and torch.equal(mel, mel_again)
     assert wave.dtype == np.float32 and len(wave) == SAMPLE_RATE and mel.shape == (100, 128)
     assert np.isfinite(wave).all() and bool(mel.isfinite().all())
