@@ -2,8 +2,9 @@
 
     candidates --A B A B ..., CPU time--> medians, between two measurements of the machine's matmul rate --> report
 
-One thread and process time, so that other jobs on the machine distort little; interleaved, so that what distorts hits both; the
-matmul rate before and after voids a run during which the machine changed. Cost: rounds x the sum of the candidates.
+One thread and process time, so that other jobs on the machine distort little; interleaved, so that what distorts
+hits both; the matmul rate before and after voids a run during which the machine changed. Cost: rounds x the sum of
+the candidates.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def matmul_rate() -> float:
     for _ in range(5):
         start = time.process_time()
         for _ in range(10):
-            a @ b
+            torch.mm(a, b)
         times.append(time.process_time() - start)
     return 10 * 2 * 512**3 / min(times) / 1e9
 

@@ -1,12 +1,13 @@
 """Audio encoder: log-mel frames to 13 tokens a second in the decoder's width.
 
-    mel [F, M] --cut into 1-s chunks--> [N, 1, M, 100] --3 convolutions, stride 2--> [N, X, M/8, 13] --linear--> [N, 13, A]
-      --+ sinusoid, restarted in every chunk--> drop padding --> pack [T, A] --layers, attention in 8-s windows--> adapter --> [T, D]
+    mel [F, M] --cut into 1-s chunks--> [N, 1, M, 100] --3 convolutions of stride 2--> [N, X, M/8, 13]
+      --linear, + sinusoid restarted in every chunk--> [N, 13, A] --drop padding--> pack [T, A]
+      --layers, attention in 8-s windows--> [T, A] --adapter--> [T, D]
 
-Chunks never cross clips and clips never share a window. What a clip gives does not depend on the clips beside it: its
-last chunk is padded with silence to a whole second if the clip is longer than that, else it is not padded at all, as when
-transformers encodes the clip alone. Cost: convolutions dominate short clips, 40 M multiply-adds per second at 480 channels
-and 128 mels times X / 480; attention is linear in clip length.
+Chunks never cross clips and clips never share a window. What a clip gives does not depend on the clips beside it:
+its last chunk is padded with silence to a whole second if the clip is longer than that, else it is not padded at
+all, as when transformers encodes the clip alone. Cost: convolutions dominate short clips, 40 M multiply-adds per
+second at 480 channels and 128 mels times X / 480; attention is linear in clip length.
 
 Letters: F frames of all clips, M mel bins, N chunks, L frames of the longest chunk, X convolution channels, A encoder
 width, T tokens of all clips, H heads, C head_dim, D decoder width.
@@ -30,7 +31,8 @@ CHUNK_FRAMES, CHUNK_TOKENS = 100, 13
 
 
 def num_audio_tokens(num_frames: Any) -> Any:
-    """Tokens that clips of `num_frames` mel frames become; an int, an integer array or an integer tensor, and so the result.
+    """Tokens that clips of `num_frames` mel frames become; an int, an integer array or an integer tensor, and so
+    the result.
 
     13 for each second and an eighth of the rest, rounded up (three convolutions of stride 2).
     """

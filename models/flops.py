@@ -1,8 +1,8 @@
 """Floating-point operations of a training step, for utilisation figures.
 
-Convention (that of the published figures for mixture-of-experts models): a multiply-add is 2; forward and backward are 3 times
-forward; only chosen experts count; attention counts the causal half; embedding lookup, norms and softmax do not count;
-nor does recomputation. For Qwen3-30B-A3B at 4,096 tokens it gives 23.08 GFLOP per token.
+Convention (that of the published figures for mixture-of-experts models): a multiply-add is 2; forward and backward
+are 3 times forward; only chosen experts count; attention counts the causal half; embedding lookup, norms and
+softmax do not count; nor does recomputation. For Qwen3-30B-A3B at 4,096 tokens it gives 23.08 GFLOP per token.
 """
 
 from __future__ import annotations

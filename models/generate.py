@@ -1,10 +1,10 @@
 """Greedy decoding of a pack of prompts, with keys and values kept.
 
-    prompts, packed --one forward--> first token each --one forward per token, all documents at once--> ... until all are done
+    packed prompts --one forward--> a token each --one forward, all documents at once--> a token each --> ... all done
 
-It calls modules only, so a sharded engine's hooks gather what they need. There every rank must make the same number of
-forward calls: `all_done` tells a rank whether all the others are done too, and a rank without prompts goes through the same
-motions with empty tensors. Cost: one forward of the prompts, then O(documents * past) per step.
+It calls modules only, so a sharded engine's hooks gather what they need. There every rank must make the same number
+of forward calls: `all_done` tells a rank whether all the others are done too, and a rank without prompts goes
+through the same motions with empty tensors. Cost: one forward of the prompts, then O(documents * past) per step.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def greedy(
 ) -> list[list[int]]:
     """Continue each document of the pack by its likeliest tokens, up to and without `stop_id`.
 
-    `all_done(done)` is called once before every forward after the first, with whether this rank is done, and says whether
-    every rank is. Returns at most `max_new_tokens` ids per document.
+    `all_done(done)` is called once before every forward after the first, with whether this rank is done, and says
+    whether every rank is. Returns at most `max_new_tokens` ids per document.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")

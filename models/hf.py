@@ -4,8 +4,9 @@
     released tensors:      | 0.gate_proj | 0.up_proj | 1.gate_proj | 1.up_proj | ...   [F, D] each, end to end
     every other parameter is one released tensor of the same shape
 
-Laid end to end, the released tensors of a parameter are its flat memory, so a flat range of ours is a run of contiguous pieces
-of theirs: checkpoints address both ways with integers and copy nothing. Released names begin with `thinker.`.
+Laid end to end, the released tensors of a parameter are its flat memory, so a flat range of ours is a run of
+contiguous pieces of theirs: checkpoints address both ways with integers and copy nothing. Released names begin with
+`thinker.`.
 """
 
 from __future__ import annotations
@@ -71,8 +72,8 @@ def released_state(thinker: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def load_released(thinker: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Copy weights under released names into `thinker`, casting to its dtypes. Tensors of other towers are left alone.
 
-    Raises ConfigError, before anything is written, where a tensor is missing, of another shape, or one of the Thinker that this
-    model has no place for: it is then a checkpoint of another model.
+    Raises ConfigError, before anything is written, where a tensor is missing, of another shape, or one of the
+    Thinker that this model has no place for: it is then a checkpoint of another model.
     """
     wanted = released_shapes(thinker)
     ours = [name for name in tensors if name.startswith(PREFIX) and not name.startswith(NOT_HERE)]

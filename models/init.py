@@ -61,7 +61,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
 
 @torch.no_grad()
 def init_weights(thinker: Thinker, seed: int) -> None:
-    """Set every parameter of `thinker` in place. Raises ValueError for a parameter that no rule, or more than one, names."""
+    """Set every parameter of `thinker` in place. Raises ValueError for one that no rule, or more than one, names."""
     std = thinker.config.text.initializer_range
     for name, parameter in thinker.named_parameters():
         init_tensor(name, parameter, seed, std)

@@ -1,7 +1,7 @@
 """Position ids of packed documents.
 
-Text and audio advance all three axes by one per token (one audio token is a thirteenth of a second), so a document of both
-counts 0, 1, 2, ... on each axis. Images and video, which part the axes, come with their encoder.
+Text and audio advance all three axes by one per token (one audio token is a thirteenth of a second), so a document
+of both counts 0, 1, 2, ... on each axis. Images and video, which part the axes, come with their encoder.
 """
 
 from __future__ import annotations

@@ -4,10 +4,11 @@
     token ids --embed_tokens--> [T, D] --+ features in the placeholders' rows --> layers --> norm --> hidden [T, D]
                                                                     '--> router logits per layer [T, E]
 
-Documents are packed end to end without padding; attention stays within each. `lm_head` is a child that the loss calls on
-pieces of the hidden states, so that full logits never exist. Children carry the released checkpoint's names under
-`thinker.`; experts alone are fused (models/hf.py). Every parameter gets a gradient from every batch, zero where the batch
-has no tokens or no audio: ranks of a sharded engine must enter the same modules in the same order.
+Documents are packed end to end without padding; attention stays within each. `lm_head` is a child that the loss
+calls on pieces of the hidden states, so that full logits never exist. Children carry the released checkpoint's
+names under `thinker.`; experts alone are fused (models/hf.py). Every parameter gets a gradient from every batch,
+zero where the batch has no tokens or no audio: ranks of a sharded engine must enter the same modules in the same
+order.
 
 Cost per token: models/flops.py. Letters: T tokens, D hidden, E experts, C head_dim, F mel frames, M mel bins.
 """
@@ -51,7 +52,8 @@ class Decoder(nn.Module):
         x_TD = self.embed_tokens(token_ids_T)
         x_TD = x_TD.index_copy(0, places_T, features_TD.to(x_TD.dtype))
         config = self.config
-        cos_TC, sin_TC = angles(position_ids_3T, config.head_dim, config.rope_theta, config.mrope_section)
+        turns = angles(position_ids_3T, config.head_dim, config.rope_theta, config.mrope_section)
+        cos_TC, sin_TC = (turn_TC.to(x_TD.dtype) for turn_TC in turns)
         segments = make_segments(doc_lengths, x_TD.device)
         router_logits = []
         for index, layer in enumerate(self.layers):

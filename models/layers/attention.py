@@ -2,11 +2,11 @@
 
     q, k, v [T, H, C] --gather by bucket--> [N, H, L, C] --SDPA--> --back to pack order--> [T, H, C]
 
-A segment is a document of the decoder or an 8-second window of the audio encoder. On GPU with 16-bit floats, torch's
-variable-length kernel runs on the pack as it is. Elsewhere segments of like length share one batched call: each is
-right-padded with copies of its own last token, so nothing of another document is ever read, not even a NaN. Under the causal
-mask no real query sees padding; without it a key mask hides it. Padding stays inside this file and below a quarter of
-the tokens of short segments; segments of LONG tokens and more run alone and unpadded.
+A segment is a document of the decoder or an 8-second window of the audio encoder. On GPU with 16-bit floats,
+torch's variable-length kernel runs on the pack as it is. Elsewhere segments of like length share one batched call:
+each is right-padded with copies of its own last token, so nothing of another document is ever read, not even a NaN.
+Under the causal mask no real query sees padding; without it a key mask hides it. Padding stays inside this file and
+below a quarter of the tokens of short segments; segments of LONG tokens and more run alone and unpadded.
 
 Cost: sum of L^2 over segments, one kernel call per bucket.
 
@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-try:  # in torch since 2.10, on CUDA only
+try:  # CUDA only; older releases of torch lack it
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:
     varlen_attn = None

@@ -3,10 +3,10 @@
     tokens [T, D] --sort assignments by expert--> rows [T K, D] --GEMM, SwiGLU, GEMM per expert--> weighted sum [T, D]
 
 * GPU: grouped_mm over all experts.
-* CPU: one autograd function that walks blocks of consecutive experts (about 1,024 rows each), so that gathered rows,
+* CPU: one autograd function that walks blocks of consecutive experts (about 2,048 rows each), so that gathered rows,
   activation and scatter stay near the cache. The routing weight multiplies the activation [rows, F] and not the
-  output [rows, D]: the output is never kept, and the gradient of the weight is a row sum. Kept for backward: x and, unless
-  `recompute`, the pre-activations [T K, 2F]; recomputing them costs 2/9 more FLOPs.
+  output [rows, D]: the output is never kept, and the gradient of the weight is a row sum. Kept for backward: x and,
+  unless `recompute`, the pre-activations [T K, 2F]; recomputing them costs 2/9 more FLOPs.
 
 No token is dropped and none is padded. An expert without tokens gets a zero gradient.
 
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-BLOCK_ROWS = 1024
+BLOCK_ROWS = 2048
 
 
 def experts(
@@ -80,7 +80,7 @@ def _blocks(counts: Sequence[int]) -> list[_Block]:
 
 
 def _upcasts(x: Tensor) -> bool:
-    """Whether fp32 GEMMs on upcast weights beat this CPU's 16-bit ones (measured: twice as fast without instructions)."""
+    """Whether fp32 GEMMs beat 16-bit ones: at twice the rate where the CPU lacks bf16 products, else at half."""
     native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return x.dtype in (torch.bfloat16, torch.float16) and not native
 
@@ -91,18 +91,25 @@ def _gemms(a_RX: Tensor, matrices: Iterable[Tensor], out_RY: Tensor, sizes: Sequ
         torch.mm(a, matrix, out=out)
 
 
-def _gradients(a_RX: Tensor, b_RY: Tensor, outs: Iterable[Tensor], sizes: Sequence[int], buffer: Tensor | None) -> None:
+def _gradients(a_RX: Tensor, b_RY: Tensor, outs: Sequence[Tensor], sizes: Sequence[int], upcast: bool) -> None:
     """out = a^T @ b for each run of rows: zero where the run is empty."""
-    for a, b, out in zip(a_RX.split(sizes), b_RY.split(sizes), outs, strict=True):
-        if buffer is None:
-            torch.mm(a.t(), b, out=out)
+    for a, b, out in zip(a_RX.t().split(sizes, 1), b_RY.split(sizes), outs, strict=True):
+        if upcast:
+            out.copy_(torch.mm(a, b))
         else:
-            out.copy_(torch.mm(a.t(), b, out=buffer))
+            torch.mm(a, b, out=out)
 
 
-def _upcast_each(matrices: Sequence[Tensor], buffer: Tensor | None) -> Iterable[Tensor]:
-    """The matrices, one at a time in the buffer's dtype where there is one."""
-    return matrices if buffer is None else (buffer.copy_(matrix) for matrix in matrices)
+class _Matrices:
+    """Views of all experts' matrices, made in one call; upcast one at a time into a buffer where that is faster."""
+
+    def __init__(self, matrices_EXY: Tensor, upcast: bool) -> None:
+        self.all = matrices_EXY.unbind(0)
+        self.buffer = torch.empty_like(self.all[0], dtype=torch.float32) if upcast else None
+
+    def of(self, block: _Block) -> Iterable[Tensor]:
+        matrices = self.all[block.first : block.last]
+        return matrices if self.buffer is None else (self.buffer.copy_(matrix) for matrix in matrices)
 
 
 class _BlockExperts(torch.autograd.Function):
@@ -118,8 +125,7 @@ class _BlockExperts(torch.autograd.Function):
         weight_TK: Tensor,
         recompute: bool,
     ) -> Tensor:
-        width, upcast = down_EDF.shape[2], _upcasts(x_TD)
-        flat_R = chosen_TK.flatten()
+        width, upcast, flat_R = down_EDF.shape[2], _upcasts(x_TD), chosen_TK.flatten()
         order_R = flat_R.argsort(stable=True)
         blocks = _blocks(torch.bincount(flat_R, minlength=len(gate_up_EGD)).tolist())
         x = x_TD.float() if upcast else x_TD
@@ -128,19 +134,18 @@ class _BlockExperts(torch.autograd.Function):
         most = max(block.stop - block.start for block in blocks)
         out_TD, y_RD, h_RG = torch.zeros_like(x), x.new_empty(most, x.shape[1]), x.new_empty(most, 2 * width)
         kept_RG = None if recompute else x_TD.new_empty(len(order_R), 2 * width)
-        gate_up, down = gate_up_EGD.unbind(0), down_EDF.unbind(0)
-        gate_up32_GD, down32_DF = (x.new_empty(w[0].shape) if upcast else None for w in (gate_up, down))
-        for first, last, start, stop, sizes in blocks:
-            rows, here, ours = stop - start, slice(start, stop), slice(first, last)
-            h = h_RG[:rows] if upcast or kept_RG is None else kept_RG[here]
-            matrices = (matrix.t() for matrix in _upcast_each(gate_up[ours], gate_up32_GD))
-            _gemms(x.index_select(0, token_R[here]), matrices, h, sizes)
-            if upcast and kept_RG is not None:
+        gate_up, down = (_Matrices(weights.transpose(1, 2), upcast) for weights in (gate_up_EGD, down_EDF))
+        for block in blocks:
+            rows, here = block.stop - block.start, slice(block.start, block.stop)
+            h, y, token = h_RG[:rows], y_RD[:rows], token_R[here]
+            if kept_RG is not None and not upcast:
+                h = kept_RG[here]
+            _gemms(x.index_select(0, token), gate_up.of(block), h, block.sizes)
+            if kept_RG is not None and upcast:
                 kept_RG[here] = h
             act_RF = F.silu(h[:, :width]).mul_(h[:, width:]).mul_(weight_R1[here])
-            matrices = (matrix.t() for matrix in _upcast_each(down[ours], down32_DF))
-            _gemms(act_RF, matrices, y_RD[:rows], sizes)
-            out_TD.index_add_(0, token_R[here], y_RD[:rows])
+            _gemms(act_RF, down.of(block), y, block.sizes)
+            out_TD.index_add_(0, token, y)
         ctx.blocks, ctx.upcast, ctx.most = blocks, upcast, most
         ctx.save_for_backward(x_TD, gate_up_EGD, down_EDF, order_R.int(), weight_TK, kept_RG)
         return out_TD.to(x_TD.dtype)
@@ -149,39 +154,44 @@ class _BlockExperts(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
         x_TD, gate_up_EGD, down_EDF, order_R, weight_TK, kept_RG = ctx.saved_tensors
-        width, order_R = down_EDF.shape[2], order_R.long()
-        x, grad_y = (x_TD.float(), grad_TD.float()) if ctx.upcast else (x_TD, grad_TD.contiguous())
+        width, upcast, order_R = down_EDF.shape[2], ctx.upcast, order_R.long()
+        x, grad_y = (x_TD.float(), grad_TD.float()) if upcast else (x_TD, grad_TD.contiguous())
         token_R = order_R // weight_TK.shape[1]
         weight_R1 = weight_TK.flatten().index_select(0, order_R).unsqueeze(1).to(x.dtype)
-        grad_x_TD, grad_weight_R = torch.zeros_like(x), x.new_empty(len(order_R))
-        grad_gate_up_EGD, grad_down_EDF = torch.empty_like(gate_up_EGD), torch.empty_like(down_EDF)
-        gate_up, down = gate_up_EGD.unbind(0), down_EDF.unbind(0)
-        grad_gate_up, grad_down = grad_gate_up_EGD.unbind(0), grad_down_EDF.unbind(0)
+        grad_x_TD, grad_weight_R = torch.zeros_like(x), weight_R1.new_empty(len(order_R))
+        grad_gate_up_EGD, grad_down_EDF = (  # frozen experts, as in stage 1, save a third of the GEMMs
+            torch.empty_like(weights) if wanted else None
+            for weights, wanted in zip((gate_up_EGD, down_EDF), ctx.needs_input_grad[1:3], strict=True)
+        )
+        gate_up, down = _Matrices(gate_up_EGD, upcast), _Matrices(down_EDF, upcast)
+        gate_up_t = _Matrices(gate_up_EGD.transpose(1, 2), upcast)
         h_RG, grad_h_RG = (x.new_empty(ctx.most, 2 * width) for _ in range(2))
         grad_act_RF, grad_rows_RD = x.new_empty(ctx.most, width), x.new_empty(ctx.most, x.shape[1])
-        gate_up32_GD, down32_DF = (x.new_empty(w[0].shape) if ctx.upcast else None for w in (gate_up, down))
-        ones_F = x.new_ones(width)
-        for first, last, start, stop, sizes in ctx.blocks:
-            rows, here, ours = stop - start, slice(start, stop), slice(first, last)
-            x_RD, grad_y_RD = (rows_of.index_select(0, token_R[here]) for rows_of in (x, grad_y))
-            h, grad_h, grad_act = h_RG[:rows], grad_h_RG[:rows], grad_act_RF[:rows]
-            if kept_RG is not None:
-                h = kept_RG[here].to(x.dtype)
+        for block in ctx.blocks:
+            rows, here, ours = block.stop - block.start, slice(block.start, block.stop), slice(block.first, block.last)
+            sizes, token, weight = block.sizes, token_R[here], weight_R1[here]
+            x_RD, grad_y_RD = x.index_select(0, token), grad_y.index_select(0, token)
+            grad_h, grad_act, grad_rows = grad_h_RG[:rows], grad_act_RF[:rows], grad_rows_RD[:rows]
+            if kept_RG is None:
+                h = h_RG[:rows]
+                _gemms(x_RD, gate_up_t.of(block), h, sizes)
             else:
-                _gemms(x_RD, (matrix.t() for matrix in _upcast_each(gate_up[ours], gate_up32_GD)), h, sizes)
-            _gemms(grad_y_RD, _upcast_each(down[ours], down32_DF), grad_act, sizes)
+                h = kept_RG[here].to(x.dtype)
+            _gemms(grad_y_RD, down.of(block), grad_act, sizes)
             gate, up = h[:, :width], h[:, width:]
             silu = F.silu(gate)
             act = silu * up
-            torch.mv(grad_act * act, ones_F, out=grad_weight_R[here])
-            act.mul_(weight_R1[here])
-            grad_act.mul_(weight_R1[here])
+            torch.sum(grad_act * act, 1, out=grad_weight_R[here])
+            act.mul_(weight)
+            grad_act.mul_(weight)
             torch.mul(grad_act, silu, out=grad_h[:, width:])
             torch.ops.aten.silu_backward.grad_input(grad_act.mul_(up), gate, grad_input=grad_h[:, :width])
-            _gradients(grad_y_RD, act, grad_down[ours], sizes, down32_DF)
-            _gemms(grad_h, _upcast_each(gate_up[ours], gate_up32_GD), grad_rows_RD[:rows], sizes)
-            _gradients(grad_h, x_RD, grad_gate_up[ours], sizes, gate_up32_GD)
-            grad_x_TD.index_add_(0, token_R[here], grad_rows_RD[:rows])
+            if grad_down_EDF is not None:
+                _gradients(grad_y_RD, act, grad_down_EDF[ours].unbind(0), sizes, upcast)
+            if grad_gate_up_EGD is not None:
+                _gradients(grad_h, x_RD, grad_gate_up_EGD[ours].unbind(0), sizes, upcast)
+            _gemms(grad_h, gate_up.of(block), grad_rows, sizes)
+            grad_x_TD.index_add_(0, token, grad_rows)
         grad_weight_TK = torch.empty_like(grad_weight_R).index_copy_(0, order_R, grad_weight_R).view_as(weight_TK)
         grad_weight_TK = grad_weight_TK.to(weight_TK.dtype)
         return grad_x_TD.to(x_TD.dtype), grad_gate_up_EGD, grad_down_EDF, None, grad_weight_TK, None

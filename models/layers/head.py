@@ -1,7 +1,8 @@
 """The output head, which can be applied by a function instead of a matmul.
 
-A chunked cross-entropy needs the weight itself, and under ZeRO-3 a weight is whole only inside the forward of the module that
-owns it. So the function comes to the weight: `lm_head(hidden_TD, loss)` returns `loss(hidden_TD, weight_VD)`.
+A chunked cross-entropy needs the weight itself, and under ZeRO-3 a weight is whole only inside the forward of the
+module that owns it. So the function comes to the weight: `lm_head(hidden_TD, loss)` returns `loss(hidden_TD,
+weight_VD)`.
 """
 
 from __future__ import annotations

@@ -2,20 +2,36 @@
 
     x [T, D] --gate, fp32--> logits [T, E] --top-k, softmax over the chosen--> weights [T, K] --experts--> [T, D]
 
-The softmax over the chosen logits equals the softmax over all experts, cut to the top k and renormalised.
-The child names gate, experts.gate_up_proj, experts.down_proj and experts.num_experts are what DeepSpeed's AutoEP looks for when it
-puts its own expert-parallel block in this one's place, so both take [..., D] and return (out, logits).
+The softmax over the chosen logits equals the softmax over all experts, cut to the top k and renormalised. The child
+names gate, experts.gate_up_proj, experts.down_proj and experts.num_experts are what DeepSpeed's AutoEP looks for
+when it puts its own expert-parallel block in this one's place, so both take [..., D] and return (out, logits).
 
 Letters: T tokens, D hidden, E experts, K chosen experts per token.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.layers.experts import Experts
+
+
+class _Linear32(torch.autograd.Function):
+    """x @ weight^T in fp32, keeping x as it is: autograd alone would keep an fp32 copy of a 16-bit x."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+        ctx.save_for_backward(x_TD, weight_ED)
+        return x_TD.float() @ weight_ED.float().t()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_TE: Tensor) -> tuple[Tensor, Tensor]:
+        x_TD, weight_ED = ctx.saved_tensors
+        return (grad_TE @ weight_ED.float()).to(x_TD.dtype), (grad_TE.t() @ x_TD.float()).to(weight_ED.dtype)
 
 
 class Gate(nn.Module):
@@ -27,7 +43,7 @@ class Gate(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """x [T, D] -> router logits float32 [T, E]."""
-        return F.linear(x_TD.float(), self.weight.float())
+        return _Linear32.apply(x_TD, self.weight)
 
 
 class MoE(nn.Module):

@@ -2,7 +2,8 @@
 
     y = x / sqrt(mean(x^2) + eps) * weight        statistics in fp32, whatever the dtype of x
 
-torch's own rms_norm is made of small operations on CPU (measured: 2.7 times the cost of this one). Letters: N rows, D channels.
+torch's own rms_norm is made of small operations on CPU (measured: more than twice the cost of this one).
+Letters: N rows, D channels.
 """
 
 from __future__ import annotations
@@ -21,18 +22,22 @@ class _RMSNorm(torch.autograd.Function):
         scale_N1 = scale_N1.square_().div_(x_ND.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x_ND, weight_D, scale_N1)
         # The product with the weight happens in the dtype of x, as in the released model.
-        return (x32_ND * scale_N1).to(x_ND.dtype) * weight_D
+        return (x32_ND * scale_N1).to(x_ND.dtype).mul_(weight_D)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad_out_ND: Tensor) -> tuple[Tensor, Tensor, None]:
         x_ND, weight_D, scale_N1 = ctx.saved_tensors
-        unit_ND, grad32_ND = x_ND.float() * scale_N1, grad_ND.float()
-        product_ND = grad32_ND * unit_ND
-        grad_weight_D = product_ND.flatten(0, -2).sum(0)
-        mean_N1 = (product_ND @ weight_D.float()).div_(x_ND.shape[-1]).unsqueeze(-1)
-        grad_x_ND = (grad32_ND * weight_D).addcmul_(unit_ND, mean_N1, value=-1).mul_(scale_N1)
-        return grad_x_ND.to(x_ND.dtype), grad_weight_D.to(weight_D.dtype), None
+        shape, size = x_ND.shape, x_ND.shape[-1]
+        x_ND, grad_ND = x_ND.float().reshape(-1, size), grad_out_ND.float().reshape(-1, size)
+        weight32_D, scale_N = weight_D.float(), scale_N1.flatten()
+        # With u = x * scale: d weight = sum of grad * u; d x = scale * (grad * weight - u * mean(grad * weight * u)).
+        product_ND = grad_ND * x_ND
+        grad_weight_D = product_ND.t() @ scale_N
+        along_N = (product_ND @ weight32_D).mul_(scale_N.pow(3)).div_(size)
+        grad_x_ND = torch.mul(grad_ND, weight32_D, out=product_ND).mul_(scale_N.unsqueeze(1))
+        grad_x_ND.addcmul_(x_ND, along_N.unsqueeze(1), value=-1)
+        return grad_x_ND.view(shape).to(grad_out_ND.dtype), grad_weight_D.to(weight_D.dtype), None
 
 
 class RMSNorm(nn.Module):

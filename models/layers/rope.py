@@ -1,6 +1,6 @@
 """Rotary positions with interleaved time, height and width (TM-RoPE).
 
-    position ids [3, T] --angles--> cos, sin [T, C/2] --rotate--> q, k
+    position ids [3, T] --angles--> cos, signed sin [T, C] --rotate--> q, k
 
 Frequency i takes its angle from height when i % 3 == 1, from width when i % 3 == 2, as far as their sections reach,
 and from time otherwise. Angles stay in fp32: ids may be fractional and run to tens of thousands, so they are made from
@@ -20,14 +20,18 @@ from torch import Tensor
 def angles(
     position_ids_3T: Tensor, head_dim: int, theta: float, mrope_section: tuple[int, int, int]
 ) -> tuple[Tensor, Tensor]:
-    """Position ids float32 [3, T] -> cos and sin, float32 [T, head_dim / 2]."""
+    """Position ids float32 [3, T] -> cos and sin, float32 [T, head_dim], as `rotate` takes them.
+
+    Channels i and i + C/2 turn together, so both halves hold the same angles; the first half of sin is negated.
+    """
     exponent_C = torch.arange(0, head_dim, 2, device=position_ids_3T.device, dtype=torch.float32) / head_dim
     freqs_3TC = position_ids_3T.float().unsqueeze(-1) / theta**exponent_C
     freqs_TC = freqs_3TC[0].clone()
     for axis in (1, 2):
         of_axis = slice(axis, 3 * mrope_section[axis], 3)
         freqs_TC[:, of_axis] = freqs_3TC[axis, :, of_axis]
-    return freqs_TC.cos(), freqs_TC.sin()
+    cos_TC, sin_TC = freqs_TC.cos(), freqs_TC.sin()
+    return torch.cat([cos_TC, cos_TC], dim=1), torch.cat([-sin_TC, sin_TC], dim=1)
 
 
 class _Rotate(torch.autograd.Function):
@@ -36,25 +40,20 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_THC: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
         ctx.save_for_backward(cos_TC, sin_TC)
-        return _rotated(x_THC, cos_TC, sin_TC)
+        return _rotated(x_THC, cos_TC, sin_TC, 1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_THC: Tensor) -> tuple[Tensor, None, None]:
         cos_TC, sin_TC = ctx.saved_tensors
-        return _rotated(grad_THC, cos_TC, -sin_TC), None, None
+        return _rotated(grad_THC, cos_TC, sin_TC, -1), None, None
 
 
-def _rotated(x_THC: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
-    half = cos_TC.shape[-1]
-    out_THC = torch.empty_like(x_THC)
-    cos_T1C, sin_T1C = cos_TC.to(x_THC.dtype).unsqueeze(1), sin_TC.to(x_THC.dtype).unsqueeze(1)
-    low, high = x_THC[..., :half], x_THC[..., half:]
-    torch.mul(low, cos_T1C, out=out_THC[..., :half]).addcmul_(high, sin_T1C, value=-1)
-    torch.mul(high, cos_T1C, out=out_THC[..., half:]).addcmul_(low, sin_T1C)
-    return out_THC
+def _rotated(x_THC: Tensor, cos_TC: Tensor, sin_TC: Tensor, sign: int) -> Tensor:
+    partner_THC = x_THC.roll(x_THC.shape[-1] // 2, -1)
+    return (x_THC * cos_TC.unsqueeze(1)).addcmul_(partner_THC, sin_TC.unsqueeze(1), value=sign)
 
 
 def rotate(x_THC: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
-    """Rotate queries or keys [T, H, C]: channel i is paired with i + C/2. Same dtype out."""
+    """Rotate queries or keys [T, H, C] by `angles` cast to their dtype."""
     return _Rotate.apply(x_THC, cos_TC, sin_TC)

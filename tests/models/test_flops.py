@@ -16,7 +16,7 @@ RELEASED = TextConfig(152064, 2048, 48, 32, 4, 128, 128, 8, 768)
 
 
 def test_published_convention():
-    """3 x (2 N active + causal attention) at 4,096 tokens is 23.08 GFLOP per token for Qwen3-30B-A3B (vocabulary 151,936)."""
+    """Qwen3-30B-A3B, vocabulary 151,936, at 4,096 tokens: 23.08 GFLOP per token."""
     config = replace(RELEASED, vocab_size=151936)
     assert flops_per_token(config, 4096) == pytest.approx(23.08e9, rel=1e-3)
     assert active_parameters(config) == pytest.approx(2.730e9 + 0.311e9, rel=1e-3)
@@ -27,7 +27,7 @@ def test_packing_counts_documents_apart():
 
 
 def test_audio_against_torch_counter():
-    """Full seconds in full windows, where nothing is padded; torch does not count CPU attention, so it is added here."""
+    """Full seconds and windows, where nothing is padded; torch does not count CPU attention, so it is added here."""
     config = AudioConfig(32, 2, 2, 64, 48, downsample_hidden_size=8)
     encoder = AudioEncoder(config)
     frames = 1600

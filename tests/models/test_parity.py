@@ -40,7 +40,7 @@ PACKS = [
 
 
 def reference_run(reference, documents, mel_FM):
-    """Each document alone, as transformers is known to be right: (logits, router logits of each layer), concatenated."""
+    """Each document alone, as transformers is known to be right: logits and router logits of each layer, joined."""
     logits, router, start = [], [], 0
     for doc in documents:
         arguments = {}

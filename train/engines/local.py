@@ -57,6 +57,7 @@ class LocalEngine:
             ce_sum, prob_LE, count = self.objective(batch.to(self.device))
             balance_share = balance_loss(self.share_LE, prob_LE, totals.tokens)
             (ce_sum / max(1, totals.targets) + self.setup.loss.balance * balance_share).backward()
+            self._accumulate()
             ce, balance, count_LE = ce + ce_sum.item(), balance + balance_share.item(), count_LE + count
         grad_norm = self._update(lr)
         self.share_LE = next_share(count_LE)
@@ -70,13 +71,16 @@ class LocalEngine:
             expert_share_LE=self.share_LE.cpu(),
         )
 
-    def _update(self, lr: float) -> float:
-        learning = [(p, master) for _, p, master in self.masters if p.requires_grad]
-        for parameter, master in learning:
-            if master is not parameter:
+    def _accumulate(self) -> None:
+        """Add bf16 gradients to the masters' fp32 ones, micro-batch by micro-batch."""
+        for _, parameter, master in self.masters:
+            if parameter.requires_grad and master is not parameter:
                 assert parameter.grad is not None
-                master.grad, parameter.grad = parameter.grad.float(), None
-        masters = [master for _, master in learning]
+                grad, parameter.grad = parameter.grad.float(), None
+                master.grad = grad if master.grad is None else master.grad.add_(grad)
+
+    def _update(self, lr: float) -> float:
+        masters = [master for _, parameter, master in self.masters if parameter.requires_grad]
         clip = self.setup.optim.clip or float("inf")
         grad_norm = nn.utils.clip_grad_norm_(masters, clip, foreach=True).item()
         if not torch.isfinite(torch.tensor(grad_norm)):
@@ -124,7 +128,8 @@ class LocalEngine:
                 moments = {kind: torch.zeros_like(master) for kind in MOMENTS}
                 for kind, moment in moments.items():
                     moment.view(-1).copy_(state.read(kind, name, shape, 0, size))
-                self.optimizer.state[master] = {"step": torch.tensor(float(optimizer_step)), **moments}
+                step = torch.tensor(float(optimizer_step), device=master.device)
+                self.optimizer.state[master] = {"step": step, **moments}
         if optimizer_step:
             shape = tuple(self.share_LE.shape)
             self.share_LE = state.read(VALUE, SHARE, shape, 0, self.share_LE.numel()).view(shape).to(self.device)

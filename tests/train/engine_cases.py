@@ -1,0 +1,310 @@
+"""A tiny model, global batches and what the processes of the contract test run.
+
+The global batch of a step is a list of documents; SPLITS deal it out to ranks and micro-batches.
+Letters: T tokens, F mel frames, M mel bins.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from data.types import Batch
+from models.audio_encoder import num_audio_tokens
+from models.config import AudioConfig, TextConfig, ThinkerConfig
+from train import ranks
+from train.engines import MOMENTS, SHARE, VALUE, WEIGHT, Engine
+from train.engines.build import build_engine
+from train.engines.setup import EngineSetup
+from train.errors import EngineError
+from train.recipe import EngineConfig, LossConfig, OptimConfig, Phase
+
+MELS, WORDS, AUDIO = 128, 60, 63
+STEPS, SAVED = 5, 3  # steps of a run, and after how many its state is kept
+LAYOUTS = {f"zero{zero}-ep{ep}": (zero, ep) for zero in (1, 2, 3) for ep in (1, 2)}
+PHASE_CASES = (
+    (1, 2, "fp32"),
+    (2, 2, "fp32"),
+    (3, 2, "fp32"),
+    (3, 1, "fp32"),
+    (1, 1, "bf16"),
+    (2, 2, "bf16"),
+    (3, 2, "bf16"),
+)
+FRAMES = {0: 130, 1: 40}  # documents with audio
+# Documents of each micro-batch, per rank. Rank 1 has no audio in 0 to 3, and no tokens in 1. Document 5 has no target.
+SPLITS = (
+    (((0, 1), (2, 3)), ((4,), (5, 6))),
+    (((0, 1, 2, 3, 4, 5, 6),), ((),)),
+    (((1,), (0, 2), (3,)), ((4, 6), (), (5,))),
+    (((), (0, 1, 6)), ((5,), (2, 3, 4))),
+    (((3, 4), (6,)), ((0,), (1, 2, 5))),
+)
+WHOLE = (((0, 1, 2, 3, 4, 5, 6),),)
+# eps = 1 makes AdamW's update nearly proportional to the gradient, so that the weights show a wrong scale. Some of the
+# gradient norms lie above the clip and some below.
+LINEAR = {"lr": 0.5, "eps": 1.0, "weight_decay": 0.01, "clip": 1.63}
+USUAL = {"lr": 1e-2, "weight_decay": 0.1, "clip": 0.0, "lr_scale": {"audio_tower.*": 0.5, "*experts*": 2.0}}
+
+
+def setup(
+    name: str, zero: int = 2, ep: int = 1, *, linear: bool = True, freeze: Sequence[str] = (), **engine: Any
+) -> EngineSetup:
+    """A tiny model under an engine; with `linear` AdamW shows the gradient's scale."""
+    moe = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    text = TextConfig(64, 32, 2, 4, 2, 8, mrope_section=(2, 1, 1), **moe)
+    audio = AudioConfig(16, 1, 2, 32, output_dim=32, downsample_hidden_size=8, num_mel_bins=MELS)
+    return EngineSetup(
+        model=ThinkerConfig(text, audio, AUDIO),
+        engine=EngineConfig(name=name, device="cpu", zero=zero, ep=ep, **engine),
+        optim=OptimConfig(**(LINEAR if linear else USUAL)),
+        loss=LossConfig(balance=0.1, chunk=8),
+        phase=Phase(steps=STEPS, freeze=list(freeze)),
+        phase_name="all",
+        seed=0,
+        device=torch.device("cpu"),
+    )
+
+
+def document(step: int, index: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids, labels and mel of one document."""
+    generator = torch.Generator().manual_seed(100 * step + index)
+    ids_T = torch.randint(0, WORDS, (4 + 3 * index,), generator=generator)
+    frames = FRAMES.get(index, 0)
+    ids_T = torch.cat([torch.full((int(num_audio_tokens(frames)) if frames else 0,), AUDIO), ids_T])
+    dropped_T = torch.rand(len(ids_T), generator=generator) < 0.1 * index
+    labels_T = torch.where(dropped_T | (index == 5) | (ids_T == AUDIO), -100, (ids_T * 7 + 3 + step % 2) % WORDS)
+    return ids_T, labels_T, torch.randn(frames, MELS, generator=generator)
+
+
+def pack(step: int, indices: Sequence[int]) -> Batch:
+    """One micro-batch of the documents with these indices."""
+    if not indices:
+        return Batch.empty(MELS)
+    ids, labels, mels = zip(*(document(step, index) for index in indices), strict=True)
+    lengths = tuple(len(ids_T) for ids_T in ids)
+    return Batch(
+        token_ids_T=torch.cat(ids),
+        labels_T=torch.cat(labels),
+        position_ids_3T=torch.cat([torch.arange(length).float() for length in lengths]).expand(3, -1),
+        doc_lengths=lengths,
+        mel_FM=torch.cat(mels),
+        mel_lengths=tuple(len(mel_FM) for mel_FM in mels if len(mel_FM)),
+        keys=tuple(f"{step}:{index}" for index in indices),
+        skipped=("a line",) if 0 in indices else (),
+    )
+
+
+def microbatches(step: int, whole: bool = False) -> list[Batch]:
+    """What this rank reads of a step's global batch: one process all of it, two their halves, four every other pack."""
+    split, world = WHOLE if whole else SPLITS[step % len(SPLITS)], ranks.world()
+    if world == 1:
+        return [pack(step, indices) for half in split for indices in half]
+    stride = world // 2
+    mine = split[ranks.rank() % 2][ranks.rank() // 2 :: stride]
+    most = -(-max(len(half) for half in split) // stride)
+    return [pack(step, indices) for indices in (*mine, *[()] * (most - len(mine)))]
+
+
+def train(engine: Engine, first: int, last: int, whole: bool = False) -> list[list[float]]:
+    """Steps [first, last): loss, balance loss, gradient norm, counts and expert shares of each."""
+    lr = engine.setup.optim.lr  # type: ignore[attr-defined]
+    rows = []
+    for step in range(first, last):
+        stats = engine.train_step(microbatches(step, whole), lr)
+        row = [stats.loss, stats.balance_loss, stats.grad_norm, stats.num_tokens, stats.num_targets, stats.num_skipped]
+        rows.append(row + stats.expert_share_LE.flatten().tolist())
+    return rows
+
+
+class State(dict[str, Tensor]):
+    """A StateReader in memory: "kind|name" -> whole flattened tensor. It notes what a restore reads."""
+
+    step = 0
+
+    def kinds(self, name: str) -> frozenset[str]:
+        return frozenset(key.split("|")[0] for key in self if key.split("|")[1] == name)
+
+    def read(self, kind: str, name: str, shape: Sequence[int], start: int, length: int) -> Tensor:
+        whole = self[f"{kind}|{name}"]
+        assert whole.numel() == torch.Size(shape).numel(), f"{name} has {whole.numel()} elements, not {tuple(shape)}"
+        assert 0 <= start <= start + length <= whole.numel()
+        return whole[start : start + length].clone()
+
+    def differs(self, other: Mapping[str, Tensor]) -> list[str]:
+        """Keys that are missing on a side or not bit-identical."""
+        return sorted(
+            k for k in self.keys() | other.keys() if k not in self or k not in other or not self[k].equal(other[k])
+        )
+
+
+def gather(engine: Engine) -> State:
+    """Every rank's fragments put together. Asserts that they cover each tensor exactly once."""
+    reference = setup("local").build_objective().thinker
+    sizes = {f"{kind}|{n}": p.numel() for n, p in reference.named_parameters() for kind in (WEIGHT, *MOMENTS)}
+    sizes[f"{VALUE}|{SHARE}"] = 2 * 8
+    values = {
+        key: torch.zeros(2, size, dtype=torch.float64) for key, size in sizes.items()
+    }  # the tensor, how often held
+    for fragment in engine.fragments():
+        if fragment.replicated and not engine.is_main:
+            continue
+        for kind, tensor in fragment.tensors.items():
+            assert tensor.dtype is torch.float32 and tensor.shape == (fragment.length,), fragment
+            key, end = f"{kind}|{fragment.name}", fragment.start + fragment.length
+            assert torch.Size(fragment.shape).numel() == sizes[key], fragment
+            values[key][0, fragment.start : end] = tensor
+            values[key][1, fragment.start : end] += 1
+    flat = ranks.total(torch.cat([pair.flatten() for pair in values.values()]))
+    state = State()
+    for key, part in zip(sizes, flat.split([2 * size for size in sizes.values()]), strict=True):
+        whole, held = part.view(2, -1)
+        assert (held == held[0]).all() and held[0] in (0, 1), f"{key} is held {held.unique()} times"
+        if held[0]:
+            state[key] = whole.float()
+    return state
+
+
+def run(engine: Engine, folder: str, name: str) -> list[list[float]]:
+    """Train, evaluating in between; leave the state after SAVED steps and at the end in the folder."""
+    rows = train(engine, 0, SAVED)
+    state = gather(engine)
+    rows += train(engine, SAVED, STEPS)
+    last = gather(engine)
+    if engine.is_main:
+        save_file(dict(state), f"{folder}/{name}-saved.safetensors")
+        save_file(dict(last), f"{folder}/{name}-last.safetensors")
+    ranks.barrier()
+    return rows
+
+
+def load(folder: str, name: str) -> State:
+    return State(load_file(f"{folder}/{name}.safetensors"))
+
+
+def go_on(engine: Engine, state: State) -> tuple[list[list[float]], list[str]]:
+    """Restore and train the remaining steps: their numbers, and what the restored engine does not hold bit by bit."""
+    engine.restore(state, optimizer_step=SAVED)
+    differing = state.differs(gather(engine))
+    return train(engine, SAVED, STEPS), differing
+
+
+def look(engine: Engine) -> dict[str, Any]:
+    """Evaluation and greedy answers: sums over ranks, answers to this rank's documents. Rank 0 first has none."""
+    sums, answers = torch.zeros(3), []
+    for parts in (((), (2, 6, 0)), ((1, 3), (4,))):
+        mine = (*parts, (), ())[ranks.rank()] if ranks.world() > 1 else parts[0] + parts[1]
+        batch = pack(77, mine)
+        seen = engine.eval_step(batch)
+        sums += torch.tensor([seen[key] for key in ("loss_sum", "targets", "correct")])
+        answers += engine.generate(batch, 5, stop_id=1)
+    return {"sums": ranks.total(sums).tolist(), "answers": answers}
+
+
+def close(engine: Engine) -> None:
+    """Close a DeepSpeed engine and see that its memory is free: the next phase needs it."""
+    inner = weakref.ref(engine.engine)  # type: ignore[attr-defined]
+    engine.close()
+    assert inner() is None, "a closed engine is still in memory"
+
+
+def layouts(folder: str) -> dict[str, Any]:
+    """Run every layout, and restore it from plain torch and from the layout before it."""
+    out: dict[str, Any] = {}
+    for index, (name, (zero, ep)) in enumerate(LAYOUTS.items()):
+        engine = build_engine(setup("deepspeed", zero, ep))
+        rows = run(engine, folder, name)
+        out[name] = {"rows": rows, "look": look(engine), "after": train(engine, STEPS, STEPS + 1)}
+        sources = ["local", *list(LAYOUTS)[max(0, index - 1) : index]]
+        out[name]["restored"] = {source: go_on(engine, load(folder, f"{source}-saved")) for source in sources}
+        close(engine)
+    return out
+
+
+def every_pair(folder: str) -> dict[str, Any]:
+    """Restore every layout from every other and itself, after `layouts`."""
+    out: dict[str, Any] = {}
+    for name, (zero, ep) in LAYOUTS.items():
+        engine = build_engine(setup("deepspeed", zero, ep))
+        out[name] = {source: go_on(engine, load(folder, f"{source}-saved")) for source in LAYOUTS}
+        close(engine)
+    ranks.stop()
+    return out
+
+
+def one_process(folder: str) -> dict[str, Any]:
+    """DeepSpeed without torchrun."""
+    engine = build_engine(setup("deepspeed", zero=3))
+    out = {"rows": run(engine, folder, "one-process"), "look": look(engine)}
+    close(engine)
+    ranks.stop()
+    return out
+
+
+def more_processes() -> list[list[list[float]]]:
+    """Experts over fewer ranks than there are: two copies of each. The optimizer's state in host memory."""
+    rows = []
+    for zero, ep, offload in ((1, 2, False), (2, 2, True), (3, 2, True), (3, 4, False)):
+        engine = build_engine(setup("deepspeed", zero, ep, offload=offload))
+        rows.append(train(engine, 0, SAVED) + go_on(engine, gather(engine))[0])
+        close(engine)
+    ranks.stop()
+    return rows
+
+
+PHASES = (["model.*", "lm_head.*"], ["model.layers.0.mlp.*", "model.embed_tokens.*", "audio_tower.conv*"])
+
+
+def phases(name: str, zero: int, ep: int, precision: str, folder: str) -> list[list[list[float]]]:
+    """Two phases with other frozen parameters: first the whole decoder, then some experts. States into the folder."""
+    rows, state = [], None
+    for number, freeze in enumerate(PHASES):
+        engine = build_engine(setup(name, zero, ep, linear=False, freeze=freeze, precision=precision))
+        if state is not None:
+            engine.restore(state, optimizer_step=0)
+        rows.append(train(engine, 2 * number, 2 * number + 2))
+        state = gather(engine)
+        if engine.is_main:
+            save_file(dict(state), f"{folder}/{name}-{zero}-{ep}-{precision}-{number}.safetensors")
+        engine.close()
+    return rows
+
+
+def refusals() -> list[list[str]]:
+    """What engines say to a loss, and to a gradient, that is not finite on one rank; their weights must not change."""
+    out = []
+    for zero, ep in ((1, 1), (2, 2), (3, 2)):
+        messages = []
+        for kind in ("loss", "gradient"):
+            engine = build_engine(setup("deepspeed", zero, ep))
+            before, batches = gather(engine), microbatches(2)
+            if ranks.rank() == 0 and kind == "loss":
+                batches[0].mel_FM[0, 0] = torch.nan
+            if kind == "gradient":
+                head = engine.objective.thinker.lm_head.weight  # type: ignore[attr-defined]
+                head.register_hook(lambda grad: grad * torch.inf if ranks.rank() == 1 else grad)
+            try:
+                engine.train_step(batches, lr=1.0)
+            except EngineError as error:
+                messages.append(str(error))
+            now = gather(engine)
+            assert not [key for key in before.differs(now) if key.startswith(WEIGHT)], (zero, ep, kind)
+            engine.close()
+        out.append(messages)
+    return out
+
+
+def two_processes(folder: str) -> dict[str, Any]:
+    """All that two processes are asked, one engine after the other: starting them costs more than their work."""
+    out = {
+        "layouts": layouts(folder),
+        "phases": [phases("deepspeed", *case, folder) for case in PHASE_CASES],
+        "refusals": refusals(),
+    }
+    ranks.stop()
+    return out

@@ -1,0 +1,71 @@
+"""What DeepSpeed's AutoEP makes of the mixture-of-experts block, as data and pure functions.
+
+    layers.N.mlp.gate.weight            [E, D]       ->  mlp.router.gate.weight  [E, D]
+    layers.N.mlp.experts.gate_up_proj   [E, 2F, D]   ->  mlp.experts.w1, w3      [E/ep, F, D] on each rank
+    layers.N.mlp.experts.down_proj      [E, D, F]    ->  mlp.experts.w2          [E/ep, D, F]
+
+A checkpoint knows only the left side. `pieces` cuts a flat range of a parameter on the right into ranges of one on the
+left: w1 and w3 alternate in gate_up_proj, so a range is split at the bounds of experts: a piece for each.
+
+Letters: E experts, F expert width, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+NUM_EXPERTS, TOP_K = "num_experts", "num_experts_per_tok"  # attributes of `model.config` that AutoEP reads
+
+
+def settings(ep: int) -> dict[str, Any]:
+    """The `expert_parallel` section of DeepSpeed's configuration."""
+    return {
+        "enabled": True,
+        "autoep_size": ep,
+        "moe_layer_pattern": r"thinker\.model\.layers\.\d+\.mlp",
+        "router_pattern": "gate",
+        "expert_pattern": "experts",
+        "expert_w1": "gate_up_proj",
+        "expert_w2": "down_proj",
+        "expert_w3": None,  # fused into w1
+        "num_experts_attr": NUM_EXPERTS,
+        "top_k_attr": TOP_K,
+        "score_func": "softmax",
+        "score_apply": "post",
+        "route_norm": True,
+    }
+
+
+class Piece(NamedTuple):
+    """Elements [offset, offset + length) of a range are elements [start, start + length) of the parameter `name`."""
+
+    name: str
+    start: int
+    offset: int
+    length: int
+
+
+def pieces(
+    name: str, start: int, length: int, experts: Sequence[int] | None, shapes: Mapping[str, Sequence[int]]
+) -> Iterator[Piece]:
+    """Cut elements [start, start + length) of the engine's parameter `name` into pieces of the model's parameters.
+
+    Args:
+        name: as the engine calls it, without a wrapper's prefix.
+        start: first element of the range in the flattened local parameter.
+        length: its number of elements.
+        experts: ids of the experts in the local parameter; None where it is no expert parameter.
+        shapes: name in the model -> full shape.
+    """
+    if experts is None:
+        yield Piece(name.replace(".router.gate.", ".gate."), start, 0, length)
+        return
+    prefix, which = name[:-2], name[-2:]
+    ours = prefix + ("down_proj" if which == "w2" else "gate_up_proj")
+    whole = shapes[ours][1] * shapes[ours][2]  # elements of one expert in our parameter and in AutoEP's
+    block, shift = (whole, 0) if which == "w2" else (whole // 2, whole // 2 * (which == "w3"))
+    end = start + length
+    for slot in range(start // block, -(-end // block)):
+        low, high = max(start, slot * block), min(end, (slot + 1) * block)
+        yield Piece(ours, experts[slot] * whole + shift + low - slot * block, low - start, high - low)

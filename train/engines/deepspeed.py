@@ -1,0 +1,373 @@
+"""DeepSpeed: ZeRO 1, 2, 3 and offload for the optimizer's state, AutoEP for the experts; NCCL on GPUs, gloo on CPUs.
+
+    for each micro-batch: forward -> local sum / global count * ranks -> engine.backward   (ZeRO averages over ranks)
+    sums and expert counts of all ranks, finite? -> engine.step: clip, AdamW on this rank's part of the fp32 masters
+
+How it keeps the contract:
+
+* bf16 models have fp32 masters, started from the unrounded weights. Gradients are summed in fp32 over micro-batches and
+  ranks. At stage 1 DeepSpeed takes its BF16_Optimizer for that, with whole fp32 gradients on every rank; 2 shards them.
+* AutoEP only where `engine.ep` > 1 and experts train; else our own fused experts run (models/layers/experts.py).
+  Frozen experts under ZeRO 1 and 2 are therefore whole on every rank; ZeRO-3 shards them.
+* Frozen parameters are in the model's dtype inside DeepSpeed. Their fp32 values, for the checkpoint, lie in host memory
+  in equal parts over the ranks: 4 / ranks bytes per frozen element.
+
+Cost beside DeepSpeed's own: two reductions of a few numbers a step (counts before, sums and expert counts after).
+Where DeepSpeed keeps its tensors is not part of its API: the version is pinned.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import io
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data.types import Batch
+from train import ranks
+from train.engines import MOMENTS, SHARE, VALUE, WEIGHT, Fragment, Shard, StateReader, StepStats, autoep
+from train.engines.setup import EngineSetup, continue_greedily, sums_of_eval
+from train.errors import EngineError
+from train.loss import Objective, Totals, balance_loss, next_share, uniform_share
+from train.optim import set_lr
+
+BUCKET = 50_000_000  # elements reduced together; DeepSpeed's default would allocate 2 GB of fp32
+PERSISTENT = 100_000  # elements
+PREFIX = "thinker."  # of the names inside Objective
+
+
+class _Owned(NamedTuple):
+    """A range of one of the model's parameters and the storage inside DeepSpeed that holds it on this rank."""
+
+    name: str
+    start: int
+    tensors: Mapping[str, Tensor]  # flat views; fp32 unless the parameter is frozen
+
+
+class _Initial:
+    """The initial weights as a StateReader."""
+
+    step = 0
+
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+        self.weights = weights
+
+    def kinds(self, name: str) -> frozenset[str]:
+        return frozenset({WEIGHT}) if name in self.weights else frozenset()
+
+    def read(self, kind: str, name: str, shape: Sequence[int], start: int, length: int) -> Tensor:
+        return self.weights[name].view(-1)[start : start + length]
+
+
+class DeepSpeedEngine:
+    """Implements train.engines.Engine. Every method but `fragments` is collective."""
+
+    def __init__(self, setup: EngineSetup) -> None:
+        check_degrees(setup.engine.ep, setup.num_experts, ranks.world())
+        deepspeed = import_deepspeed(setup.device)
+        ensure_process_group(setup.device)
+        self.setup, self.device, self.stage = setup, setup.device, setup.engine.zero
+        self.shard, self.is_main = Shard(ranks.rank(), ranks.world()), ranks.rank() == 0
+        objective = setup.build_objective()
+        describe_experts(objective, setup.num_experts)
+        named = dict(objective.thinker.named_parameters())
+        self.shapes = {name: tuple(parameter.shape) for name, parameter in named.items()}
+        self.frozen = {n: self._own_part(p.detach()) for n, p in named.items() if not p.requires_grad}
+        initial = {name: p.detach().clone() for name, p in named.items()} if self._is_bf16 else None
+        experts_train = any(p.requires_grad for name, p in named.items() if ".experts." in name)
+        ep = setup.engine.ep if experts_train else 1
+        with contextlib.redirect_stdout(io.StringIO()):  # BF16_Optimizer prints its memory; warnings are logged
+            self.engine, *_ = deepspeed.initialize(
+                model=objective,
+                model_parameters=setup.param_groups(objective),  # AutoEP's parameters inherit their sources' groups
+                optimizer=optimizer_factory(setup),
+                config=configuration(setup, ep, sum(p.numel() for p in named.values())),
+            )
+        self.objective, self.zero = self.engine.module, self.engine.optimizer
+        self.optimizer = self.zero.optimizer
+        expose_router_logits(self.objective)
+        self.share_LE = uniform_share(setup.num_layers, setup.num_experts).to(self.device)
+        if initial is not None:
+            self.restore(_Initial(initial), optimizer_step=0)
+
+    @property
+    def _is_bf16(self) -> bool:
+        return self.setup.engine.precision == "bf16"
+
+    def _own_part(self, whole: Tensor) -> tuple[int, Tensor]:
+        """Start and fp32 copy of this rank's part of a frozen parameter."""
+        size = -(-whole.numel() // self.shard.count)
+        start = min(self.shard.index * size, whole.numel())
+        return start, whole.reshape(-1)[start : start + size].float().cpu().clone()
+
+    def train_step(self, microbatches: Sequence[Batch], lr: float) -> StepStats:
+        """See train.engines.Engine."""
+        self.engine.train()
+        mine = Totals.of(microbatches)
+        counts = ranks.total(torch.tensor([mine.tokens, mine.targets, mine.skipped], device=self.device))
+        totals = Totals(*(int(count) for count in counts))
+        sums_2, count_LE = torch.zeros(2, dtype=torch.float64), torch.zeros_like(self.share_LE)
+        for number, batch in enumerate(microbatches, 1):
+            self.engine.set_gradient_accumulation_boundary(number == len(microbatches))
+            ce_sum, prob_LE, count = self.engine(batch.to(self.device))
+            balance_share = balance_loss(self.share_LE, prob_LE, totals.tokens)
+            share = ce_sum / max(1, totals.targets) + self.setup.loss.balance * balance_share
+            self.engine.backward(share * self.shard.count, scale_wrt_gas=False)
+            sums_2 += torch.tensor([ce_sum.item(), balance_share.item()], dtype=torch.float64)
+            count_LE += count
+        everything = torch.cat([sums_2.to(self.device), count_LE.flatten().double()])
+        ce, balance, *_ = everything = ranks.total(everything)
+        if not torch.isfinite(everything).all():
+            raise EngineError("the loss is not finite; the update was not made")
+        grad_norm = self._update(lr)
+        self.share_LE = next_share(everything[2:].view(count_LE.shape).float()).to(self.device)
+        return StepStats(
+            loss=float(ce) / max(1, totals.targets),
+            balance_loss=float(balance),
+            grad_norm=grad_norm,
+            num_tokens=totals.tokens,
+            num_targets=totals.targets,
+            num_skipped=totals.skipped,
+            expert_share_LE=self.share_LE.cpu(),
+        )
+
+    def _update(self, lr: float) -> float:
+        set_lr(self.optimizer.param_groups, lr)
+        self.engine.step()
+        if not self.engine.was_step_applied():
+            raise EngineError("the gradient is not finite; the update was not made")
+        return float(self.engine.get_global_grad_norm())
+
+    @torch.no_grad()
+    def eval_step(self, batch: Batch) -> Mapping[str, float]:
+        """See train.engines.Engine."""
+        self.engine.eval()
+        return sums_of_eval(self.objective, batch.to(self.device))
+
+    @torch.no_grad()
+    def generate(self, batch: Batch, max_new_tokens: int, stop_id: int) -> list[list[int]]:
+        """See train.engines.Engine."""
+        self.engine.eval()
+
+        def all_done(done: bool) -> bool:
+            return not ranks.agree(not done)
+
+        return continue_greedily(self.objective, batch.to(self.device), max_new_tokens, stop_id, all_done)
+
+    def _flats(self) -> Sequence[Tensor]:
+        """The fp32 tensors that the torch optimizer steps on, as ZeRO 3, ZeRO 1/2 and BF16_Optimizer call them."""
+        names = "fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"
+        return next(getattr(self.zero, name) for name in names if hasattr(self.zero, name))
+
+    def _ranges(self) -> Iterator[tuple[str, nn.Parameter, int, int, Mapping[str, Tensor]]]:
+        """What lies on this rank, by DeepSpeed's names: name, parameter, start, length, flat views."""
+        flats = self._flats()
+        for name, p in self.objective.named_parameters():
+            mapping, group, offset = getattr(p, "_hp_mapping", None), 0, 0
+            if self.stage == 3:  # equal parts over the ranks of its group; the last parts are padded
+                start = dist.get_rank(p.ds_process_group) * p.ds_tensor.numel()
+                length = min(p.ds_tensor.numel(), p.ds_numel - start)
+                if p.requires_grad:
+                    group, offset, _ = self.zero.grad_position[self.zero.get_param_id(p)]
+            elif mapping is not None:  # what of p lies in this rank's part of its group's flat buffer
+                start, length = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
+                group, offset = mapping.param_group_index, mapping.hp_fragment_address.start
+            else:  # a frozen parameter is whole on every rank; of a trainable one nothing is here
+                start, length = 0, 0 if p.requires_grad else p.numel()
+            if length <= 0:
+                continue
+            if p.requires_grad:
+                yield name, p, start, length, views(self.optimizer, flats[group], offset, length)
+            else:
+                storage = p.ds_tensor.data if self.stage == 3 else p.data.view(-1)
+                yield name, p, start, length, {WEIGHT: storage.narrow(0, 0, length)}
+
+    def _owned(self, trainable: bool) -> Iterator[_Owned]:
+        for name, p, start, length, tensors in self._ranges():
+            if p.requires_grad is not trainable:
+                continue
+            experts = getattr(p, "ds_autoep_uc_meta", {}).get("local_experts")
+            for piece in autoep.pieces(name.removeprefix(PREFIX), start, length, experts, self.shapes):
+                cut = {kind: tensor.narrow(0, piece.offset, piece.length) for kind, tensor in tensors.items()}
+                yield _Owned(piece.name, piece.start, cut)
+
+    def fragments(self) -> Iterator[Fragment]:
+        """See train.engines.Engine."""
+        frozen = (_Owned(name, start, {WEIGHT: part}) for name, (start, part) in self.frozen.items())
+        for name, start, tensors in (*self._owned(trainable=True), *frozen):
+            if length := tensors[WEIGHT].numel():
+                yield Fragment(name, self.shapes[name], start, length, tensors)
+        share = {VALUE: self.share_LE.view(-1)}
+        yield Fragment(SHARE, tuple(self.share_LE.shape), 0, self.share_LE.numel(), share, replicated=True)
+
+    @torch.no_grad()
+    def restore(self, state: StateReader, *, optimizer_step: int) -> None:
+        """See train.engines.Engine."""
+
+        def load(name: str, start: int, tensors: Mapping[str, Tensor]) -> None:
+            for kind, tensor in tensors.items():
+                tensor.copy_(state.read(kind, name, self.shapes[name], start, tensor.numel()))
+
+        for flat in self._flats():
+            self.optimizer.state.pop(flat, None)
+            if optimizer_step:  # torch makes it only in its first step
+                moments = {kind: torch.zeros_like(flat) for kind in MOMENTS}
+                step = torch.tensor(float(optimizer_step), device=flat.device)
+                self.optimizer.state[flat] = {"step": step, **moments}
+        if self.stage == 3:
+            self.zero._partition_all_parameters()
+        for trainable in (True, False):
+            for owned in self._owned(trainable):
+                load(*owned)
+        for name, (start, part) in self.frozen.items():
+            load(name, start, {WEIGHT: part})
+        if optimizer_step:
+            shape = tuple(self.share_LE.shape)
+            values = state.read(VALUE, SHARE, shape, 0, self.share_LE.numel())
+            self.share_LE = values.view(shape).to(self.device, copy=True)
+        self._masters_to_model()
+
+    def _masters_to_model(self) -> None:
+        """Copy the fp32 masters into the model's parameters, on all ranks."""
+        if self.stage < 3:
+            self.zero.update_lp_params()
+            return
+        for group in range(len(self.zero.fp16_groups)):
+            self.zero._reassign_or_swap_out_partitioned_parameters(group)
+        if persistent := self.zero.persistent_parameters:  # small ones stay gathered: stale without this
+            persistent[0].all_gather(persistent)
+
+    def close(self) -> None:
+        """See train.engines.Engine. Frees all memory; process groups stay, the next phase's engine uses them again."""
+        self.engine.destroy()
+        del self.engine, self.objective, self.zero, self.optimizer
+        self.frozen.clear()
+        forget_modules()
+
+
+def views(optimizer: torch.optim.Optimizer, flat: Tensor, offset: int, length: int) -> dict[str, Tensor]:
+    """Weight and, once they exist, moments of a range of one of the optimizer's tensors."""
+    state = optimizer.state.get(flat, {})
+    tensors = {WEIGHT: flat.data, **{kind: state[kind] for kind in MOMENTS if kind in state}}
+    return {kind: tensor.view(-1).narrow(0, offset, length) for kind, tensor in tensors.items()}
+
+
+def check_degrees(ep: int, num_experts: int, world: int) -> None:
+    """Raise EngineError for an expert-parallel degree that cannot be."""
+    if num_experts % ep:
+        raise EngineError(f"engine.ep={ep} does not divide the {num_experts} experts of the model")
+    if world % ep:
+        raise EngineError(f"engine.ep={ep} does not divide the {world} processes of the run")
+
+
+def import_deepspeed(device: torch.device) -> Any:
+    """Import DeepSpeed for this device. It decides at its first import what it runs on."""
+    if device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    try:
+        import deepspeed
+    except ImportError:
+        raise EngineError("engine.name=deepspeed needs the package: pip install 'omniloom[deepspeed]'") from None
+    # Its shared-memory all-reduce for CPUs is compiled at the first start, and a process that dies while it compiles
+    # leaves a lock for which every later start waits for ever. gloo needs neither compiler nor lock.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    return deepspeed
+
+
+def ensure_process_group(device: torch.device) -> None:
+    """DeepSpeed wants a process group even for one process without torchrun."""
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+    os.environ.setdefault("LOCAL_RANK", "0")
+
+
+def forget_modules() -> None:
+    """Empty the two places where ZeRO-3 remembers modules, and so a closed engine, for the life of the process."""
+    from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+    FWD_MODULE_STACK.clear()
+    method = vars(PartitionedParameterCoordinator)["_PartitionedParameterCoordinator__params_to_release"]
+    for function in (method, *(cell.cell_contents for cell in method.__closure__ or ())):  # lru_cache below a decorator
+        if hasattr(function, "cache_clear"):
+            function.cache_clear()
+    gc.collect()
+
+
+def optimizer_factory(setup: EngineSetup) -> Callable[[list[dict[str, Any]]], torch.optim.Optimizer]:
+    """AdamW as the local engine builds it. DeepSpeed calls it after AutoEP has put its parameters into the groups."""
+
+    def build(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        from deepspeed.moe.utils import is_moe_param, split_params_into_different_moe_groups_for_optimizer
+
+        if any(is_moe_param(p) for group in groups for p in group["params"]):
+            groups = split_params_into_different_moe_groups_for_optimizer(groups)
+        groups = [group for group in groups if group["params"]]
+        return torch.optim.AdamW(groups, betas=setup.betas, eps=setup.optim.eps, fused=True, lr=setup.optim.lr)
+
+    return build
+
+
+def configuration(setup: EngineSetup, ep: int, num_parameters: int) -> dict[str, Any]:
+    """DeepSpeed's configuration."""
+    zero: dict[str, Any] = {
+        "stage": setup.engine.zero,
+        "overlap_comm": setup.device.type == "cuda",
+        "reduce_bucket_size": min(BUCKET, num_parameters),
+        # smaller ones stay whole on every rank; with DeepSpeed's constant that would be all of a small model
+        "stage3_param_persistence_threshold": min(PERSISTENT, num_parameters // 1000),
+        # the default replaces torch.nn.functional.linear for the whole process and changes bf16 rounding
+        "memory_efficient_linear": False,
+    }
+    if setup.engine.offload:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": setup.device.type == "cuda"}
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,  # micro-batches are counted by train_step
+        "gradient_clipping": setup.optim.clip,  # always set: DeepSpeed's default is 1.0
+        "steps_per_print": 10**9,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW runs on the CPU too, and needs no compiler
+        "zero_optimization": zero,
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "bf16": {"enabled": setup.engine.precision == "bf16", "check_grad_overflow": True},
+    }
+    if ep > 1:
+        config["expert_parallel"] = autoep.settings(ep)
+    return config
+
+
+def describe_experts(objective: Objective, num_experts: int) -> None:
+    """Give the model the attribute `config` that AutoEP reads; a model type unknown to it takes none of its presets."""
+    facts = {autoep.NUM_EXPERTS: num_experts, autoep.TOP_K: objective.top_k, "model_type": "omniloom"}
+    objective.__dict__["config"] = SimpleNamespace(**facts)
+
+
+class _Router(nn.Linear):
+    """AutoEP's router in fp32 whatever the model's dtype, as models/layers/moe.py has it."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input.float(), self.weight.float())
+
+
+def expose_router_logits(model: nn.Module) -> None:
+    """Make AutoEP's blocks return (output, raw router logits), as our own block does."""
+    for layer in model.modules():
+        if getattr(layer, "_is_autoep_layer", False):
+            layer.return_router_logits = True  # type: ignore[assignment]
+            layer.router_logits_capture_target = "router"  # type: ignore[assignment]
+            layer.router_logits_capture_mode = "raw"  # type: ignore[assignment]
+            layer.router.gate.__class__ = _Router  # type: ignore[union-attr]
