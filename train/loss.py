@@ -10,7 +10,7 @@
 of assignments that each expert received in the *previous* step: known before the first backward whatever the split,
 which the current step's is not. So the shares of all micro-batches and ranks sum to the loss, gradients too.
 
-Cost: logits of `chunk` targets exist at a time, instead of all (4,096 targets x 152,064 words in fp32 are 2.5 GB, three
+Cost: `max_logits` logits exist at a time, instead of all (4,096 targets x 152,064 words in fp32 are 2.5 GB, three
 times over in a plain loss). The gradients of hidden states and head are made in forward: no logits are computed twice.
 
 Shapes: T tokens, D hidden size, V vocabulary, L layers, E experts, N targets (tokens with a label).
@@ -31,37 +31,34 @@ from data.types import Batch
 from models.thinker import Thinker
 
 IGNORE = -100
+MAX_LOGITS = 40_000_000  # 160 MB in fp32: 263 targets of the released vocabulary
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, chunk: int) -> Tensor:
+    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, max_logits: int) -> Tensor:
         want_hidden, want_weight = ctx.needs_input_grad[:2]
         total = hidden_ND.new_zeros((), dtype=torch.float32)
         grad_hidden_ND = torch.empty_like(hidden_ND) if want_hidden else None
         # fp32 accumulation over chunks, whatever the weights are
-        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if want_weight else None
-        for start in range(0, len(target_N), chunk):
-            rows_CD, target_C = hidden_ND[start : start + chunk], target_N[start : start + chunk]
-            logits_CV = F.linear(rows_CD, weight_VD).float()
-            peak_C1 = logits_CV.amax(-1, keepdim=True)
-            right_C = logits_CV.gather(1, target_C[:, None])
-            # in place from here: the logits become their own softmax and then the gradient
-            prob_CV = logits_CV.sub_(peak_C1).exp_()
-            sum_C1 = prob_CV.sum(-1, keepdim=True)
-            total += (sum_C1.log() + peak_C1 - right_C).sum()
-            if not (want_hidden or want_weight):
-                continue
-            prob_CV.div_(sum_C1)
-            prob_CV.scatter_add_(1, target_C[:, None], torch.full_like(right_C, -1.0))
-            grad_CV = prob_CV.to(weight_VD.dtype)
+        grad_weight_VD = torch.empty_like(weight_VD, dtype=torch.float32) if want_weight else None
+        rows = max(1, max_logits // len(weight_VD))
+        for start in range(0, max(1, len(target_N)), rows):
+            hidden_CD, target_C1 = hidden_ND[start : start + rows], target_N[start : start + rows, None]
+            exp_CV = F.linear(hidden_CD, weight_VD).float()
+            peak_C1 = exp_CV.amax(-1, keepdim=True)
+            right_C1 = exp_CV.gather(1, target_C1)
+            exp_CV.sub_(peak_C1).exp_()  # in place: the logits become, up to a factor per row, their own gradient
+            sum_C1 = exp_CV.sum(-1, keepdim=True)
+            total += (sum_C1.log() + peak_C1 - right_C1).sum()
+            exp_CV.scatter_add_(1, target_C1, -sum_C1)
+            grad_CV = exp_CV.to(weight_VD.dtype)
             if grad_hidden_ND is not None:
-                torch.mm(grad_CV, weight_VD, out=grad_hidden_ND[start : start + chunk])
+                out_CD = torch.mm(grad_CV, weight_VD, out=grad_hidden_ND[start : start + rows])
+                out_CD.div_(sum_C1)  # the factor, on D columns instead of V
             if grad_weight_VD is not None:
-                if grad_CV.dtype is torch.float32:
-                    grad_weight_VD.addmm_(grad_CV.t(), rows_CD)
-                else:
-                    grad_weight_VD += grad_CV.t() @ rows_CD
+                scaled_CD = hidden_CD / sum_C1.to(hidden_CD.dtype)
+                _add_product(grad_weight_VD, grad_CV.t(), scaled_CD, first=start == 0)
         ctx.grads = grad_hidden_ND, grad_weight_VD
         ctx.dtype = weight_VD.dtype
         return total
@@ -79,18 +76,28 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         )
 
 
-def cross_entropy_sum(hidden_TD: Tensor, weight_VD: Tensor, *, labels_T: Tensor, chunk: int = 256) -> Tensor:
+def _add_product(total_VD: Tensor, a_VC: Tensor, b_CD: Tensor, *, first: bool) -> None:
+    """total += a @ b, or = for the first: the sum is fp32, so 16-bit products are added to it as they are."""
+    if a_VC.dtype is total_VD.dtype:
+        torch.mm(a_VC, b_CD, out=total_VD) if first else total_VD.addmm_(a_VC, b_CD)
+    else:
+        total_VD.copy_(a_VC @ b_CD) if first else total_VD.add_(a_VC @ b_CD)
+
+
+def cross_entropy_sum(
+    hidden_TD: Tensor, weight_VD: Tensor, *, labels_T: Tensor, max_logits: int = MAX_LOGITS
+) -> Tensor:
     """Sum of the cross-entropy over the positions with a label, fp32 scalar.
 
     Args:
         hidden_TD: after the final norm, fp32 or bf16.
         weight_VD: the output head, same dtype.
         labels_T: int64, already shifted; -100 where there is nothing to predict.
-        chunk: targets whose logits exist at a time.
+        max_logits: logits that exist at a time; at least one row.
     """
     index_N = (labels_T != IGNORE).nonzero().squeeze(1)
     return _ChunkedCrossEntropy.apply(
-        hidden_TD.index_select(0, index_N), weight_VD, labels_T.index_select(0, index_N), chunk
+        hidden_TD.index_select(0, index_N), weight_VD, labels_T.index_select(0, index_N), max_logits
     )
 
 
@@ -115,18 +122,18 @@ class Totals:
 class Objective(nn.Module):
     """Thinker and loss as one module: an engine wraps it, and every parameter is used inside its forward."""
 
-    def __init__(self, thinker: Thinker, *, top_k: int, chunk: int) -> None:
+    def __init__(self, thinker: Thinker, *, top_k: int, max_logits: int) -> None:
         super().__init__()
         self.thinker = thinker
         self.top_k = top_k
-        self.chunk = chunk
+        self.max_logits = max_logits
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Return ce_sum (fp32 scalar), prob_LE (fp32, summed router probabilities), count_LE (fp32, no gradient)."""
         hidden_TD, router_logits = self.thinker(
             batch.token_ids_T, batch.position_ids_3T, batch.doc_lengths, batch.mel_FM, batch.mel_lengths
         )
-        head = partial(cross_entropy_sum, labels_T=batch.labels_T, chunk=self.chunk)
+        head = partial(cross_entropy_sum, labels_T=batch.labels_T, max_logits=self.max_logits)
         ce_sum = self.thinker.lm_head(hidden_TD, head)
         prob_LE = torch.stack([F.softmax(logits_TE.float(), -1).sum(0) for logits_TE in router_logits])
         count_LE = torch.stack([expert_count(logits_TE, self.top_k) for logits_TE in router_logits])

@@ -80,8 +80,8 @@ class LossConfig:
 
     balance: float = 0.001
     """Weight of the load-balancing loss (docs/design.md)."""
-    chunk: int = 256
-    """Targets whose logits exist at the same time."""
+    max_logits: int = 40_000_000
+    """Logits that exist at the same time; 160 MB in fp32 by default."""
 
 
 @dataclass(frozen=True)
@@ -270,7 +270,7 @@ def _validate(recipe: Recipe) -> None:
         "save.every": recipe.save.every,
         "save.keep": recipe.save.keep,
         "log.every": recipe.log.every,
-        "loss.chunk": recipe.loss.chunk,
+        "loss.max_logits": recipe.loss.max_logits,
         "eval.max_new_tokens": recipe.eval.max_new_tokens,
     }
     for key, value in at_least_one.items():

@@ -63,7 +63,7 @@ def setup(
         model=ThinkerConfig(text, audio, AUDIO),
         engine=EngineConfig(name=name, device="cpu", zero=zero, ep=ep, **engine),
         optim=OptimConfig(**(LINEAR if linear else USUAL)),
-        loss=LossConfig(balance=0.1, chunk=8),
+        loss=LossConfig(balance=0.1, max_logits=800),
         phase=Phase(steps=STEPS, freeze=list(freeze)),
         phase_name="all",
         seed=0,

@@ -56,7 +56,7 @@ class EngineSetup:
         thinker = Thinker(self.model, recompute_experts=self.engine.recompute)
         init_weights(thinker, self.seed)
         select_trainable(thinker, self.phase, self.phase_name)
-        return Objective(thinker, top_k=self.model.text.num_experts_per_tok, chunk=self.loss.chunk)
+        return Objective(thinker, top_k=self.model.text.num_experts_per_tok, max_logits=self.loss.max_logits)
 
     def param_groups(self, objective: Objective) -> list[dict[str, Any]]:
         """Optimizer groups over the trainable parameters."""
