@@ -129,8 +129,8 @@ def _attend_bucket(q_THC: Tensor, k_TGC: Tensor, v_TGC: Tensor, bucket: Bucket, 
 def _causal_in_strips(q_NHLC: Tensor, k_NGLC: Tensor, v_NGLC: Tensor, grouped: bool) -> Tensor:
     """Causal attention, STRIP queries at a time against the keys up to them, [N, H, L, C].
 
-    torch's CPU kernel walks keys in blocks of 512 and computes those above the diagonal too: 1.5 times the work at 1,024
-    tokens. Measured there: a fifth faster, forward and backward; from 2,048 the strips' key gradients cost more.
+    torch's CPU kernel walks keys in blocks of 512 and computes those above the diagonal too: 1.5 times the work at
+    1,024 tokens. Measured there: a fifth faster, forward and backward; from 2,048 the strips' key gradients cost more.
     """
     longest, parts = q_NHLC.shape[2], []
     above = torch.ones(STRIP, longest, dtype=torch.bool).triu_(longest - STRIP + 1)  # of the last strip
@@ -139,9 +139,7 @@ def _causal_in_strips(q_NHLC: Tensor, k_NGLC: Tensor, v_NGLC: Tensor, grouped: b
         stop = min(start + STRIP, longest)
         k, v, queries = k_NGLC[:, :, :stop], v_NGLC[:, :, :stop], stop - start
         bias = mask[STRIP - queries :, longest - stop :]
-        parts.append(
-            F.scaled_dot_product_attention(q_NHLC[:, :, start:stop], k, v, attn_mask=bias, enable_gqa=grouped)
-        )
+        parts.append(F.scaled_dot_product_attention(q_NHLC[:, :, start:stop], k, v, attn_mask=bias, enable_gqa=grouped))
     return torch.cat(parts, dim=2)
 
 
