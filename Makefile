@@ -2,8 +2,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
-# One DeepSpeed build folder a checkout: a process killed while compiling leaves a lock that would hang every other.
-export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.torch_extensions
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: setup demo fsdd test test-slow check format clean
@@ -41,4 +39,4 @@ format: .venv/.stamp
 	@$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf .venv build dist outputs .torch_extensions
+	rm -rf .venv build dist outputs

@@ -154,6 +154,9 @@ def _next(batches: Iterator[Batch | DataError]) -> Batch:
             if not problem.startswith("DataLoader worker"):
                 raise
             break
+        except (EOFError, ConnectionError, FileNotFoundError):  # died between announcing a batch and handing it over
+            problem = "it ended while it handed over a batch"
+            break
         if isinstance(batch, DataError):
             raise batch
         return batch

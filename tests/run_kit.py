@@ -86,7 +86,7 @@ def command(corpus: Path, run: Path, *settings: str, processes: int = 1) -> list
 
 def start(arguments: list[str]) -> subprocess.Popen[str]:
     """Start a run in its own process group, one thread a process."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_EXTENSIONS_DIR": str(ROOT / ".torch_extensions")}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         arguments, cwd=ROOT, env=environment, text=True, start_new_session=True, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
