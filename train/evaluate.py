@@ -21,6 +21,7 @@ from pathlib import Path
 import jiwer
 import torch
 
+from data.hashing import permutation
 from data.prompts import Prompt, PromptSet
 from data.tokenizer import Tokenizer
 from train import ranks
@@ -107,7 +108,7 @@ class Evaluator:
             yield self._report(engine, name, prompts, step)
 
     def _report(self, engine: Engine, name: str, prompts: PromptSet, step: int) -> Report:
-        chosen = _evenly(len(prompts), self.config.max_samples)
+        chosen = _choose(len(prompts), self.config.max_samples)
         groups = prompts.groups(chosen, self.config.batch_tokens)
         # summed over ranks: each fills its own rows with token ids, plus one
         mine = torch.zeros(len(chosen), self.config.max_new_tokens, dtype=torch.float64)
@@ -131,11 +132,11 @@ class Evaluator:
         return Report(name, step, _rows(pairs), _examples(pairs), tuple(skipped))
 
 
-def _evenly(count: int, most: int) -> list[int]:
-    """At most `most` indices spread over range(count)."""
+def _choose(count: int, most: int) -> list[int]:
+    """At most `most` of range(count): always the same random ones, since a fixed stride would meet one language only."""
     if not most or most >= count:
         return list(range(count))
-    return [index * count // most for index in range(most)]
+    return sorted(permutation(count, 0)[:most].tolist())
 
 
 def normalise(text: str) -> str:

@@ -125,7 +125,7 @@ class EvalConfig:
     sets: dict[str, list[str]] = field(default_factory=dict)
     """Name of a set -> its shards, for instance {heldout: [corpus/heldout/*.tar]}."""
     max_samples: int = 0
-    """Samples taken from each set, evenly spread; 0: all."""
+    """Samples taken from each set, always the same random ones; 0: all."""
     max_new_tokens: int = 64
     batch_tokens: int = 4096
     """Prompt tokens decoded together."""
