@@ -133,7 +133,7 @@ class Evaluator:
 
 
 def _choose(count: int, most: int) -> list[int]:
-    """At most `most` of range(count): always the same random ones, since a fixed stride would meet one language only."""
+    """At most `most` of range(count): always the same random ones; a stride could meet one language only."""
     if not most or most >= count:
         return list(range(count))
     return sorted(permutation(count, 0)[:most].tolist())
