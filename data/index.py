@@ -11,6 +11,7 @@ Cost: the decoding of all audio once, one process for each shard in work.
 
 from __future__ import annotations
 
+import glob
 import sys
 import zlib
 from collections.abc import Sequence
@@ -197,7 +198,9 @@ def _build_quietly(tar: Path, tokenizer: Tokenizer, limits: Limits | None) -> No
 def main(arguments: Sequence[str]) -> int:
     """The command; returns the exit status."""
     settings = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
-    tars = [Path(argument) for argument in arguments if "=" not in argument]
+    given = [argument for argument in arguments if "=" not in argument]
+    # a quoted pattern is expanded here: a shell's own expansion of many shards can be too long for a command line
+    tars = [Path(path) for argument in given for path in sorted(glob.glob(argument)) or [argument]]
     unknown = sorted(set(settings) - {"tokenizer", "workers"})
     try:
         if not tars or "tokenizer" not in settings or unknown:
@@ -207,8 +210,8 @@ def main(arguments: Sequence[str]) -> int:
         tokenizer = load_tokenizer(settings["tokenizer"])
         left_out = build_indexes(tars, tokenizer, int(settings.get("workers", "1")))
     except DataError as error:
-        print(error, file=sys.stderr)
-        return 1
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     for line in left_out[:20]:
         print(f"left out: {line}", file=sys.stderr)
     print(f"{len(tars)} shards indexed, {len(left_out)} samples left out")

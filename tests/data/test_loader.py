@@ -198,8 +198,8 @@ if __name__ == "__main__":
     plan, reader = open_run(Path(sys.argv[1]))
     batches = stream(plan, reader, Rank(0, 1), 0, 10_000, 2)
     next(batches)
-    print(*[child.pid for child in multiprocessing.active_children()], flush=True)
     try:
+        print(*[child.pid for child in multiprocessing.active_children()], flush=True)  # the signal may come at once
         for _ in batches:
             time.sleep(0.01)
     except KeyboardInterrupt:

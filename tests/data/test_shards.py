@@ -111,7 +111,8 @@ def test_command_builds_in_parallel_and_skips_what_is_done(tmp_path: Path, capsy
     assert capsys.readouterr().out == "3 shards indexed, 0 samples left out\n"
     assert [index_path(path).read_bytes() for path in report.paths] == before
     monkeypatch.setattr(index_module, "build_index", None)  # nothing is left to build
-    assert main([*tars, f"tokenizer={tmp_path / 'tokenizer'}"]) == 0
+    assert main([f"{tmp_path}/shards/*.tar", f"tokenizer={tmp_path / 'tokenizer'}"]) == 0  # a pattern, quoted
+    assert capsys.readouterr().out == "3 shards indexed, 0 samples left out\n"
 
 
 def test_another_tokenizer_means_another_index(tmp_path: Path) -> None:
@@ -141,8 +142,8 @@ def test_another_tokenizer_means_another_index(tmp_path: Path) -> None:
     ],
 )
 def test_command_says_what_is_wrong(capsys, arguments: list[str], line: str) -> None:
-    assert main(arguments) == 1
-    assert capsys.readouterr().err == line + "\n"
+    assert main(arguments) == 2
+    assert capsys.readouterr().err == f"error: {line}\n"
 
 
 def test_open_indexes_hold_no_files_and_few_maps(tmp_path: Path, monkeypatch) -> None:
