@@ -75,6 +75,8 @@ def test_twenty_kills_while_saving(tmp_path: Path):
             group = trainers[0].pid if trainers else 0
             trainers.append(FORK.Process(target=train_and_save, args=(tmp_path, rank, f"kill{kill}", step, group)))
             trainers[-1].start()
+            # here as well as in the child, as shells do: the group must exist before the next one joins it
+            os.setpgid(trainers[-1].pid, group or trainers[-1].pid)
         deadline = time.monotonic() + 60
         while not [path for path in candidates(tmp_path) if (folder_step(path.name) or 0) > step]:
             assert time.monotonic() < deadline, "nothing is saved"
