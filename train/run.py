@@ -45,6 +45,8 @@ class Run:
         self.recipe, self.folder, self.meters, self.saver = recipe, folder, meters, saver
         self.evaluator, self.identity, self.cursor_at = evaluator, identity, cursor_at
         self.stop_requested = False
+        if ranks.rank() == 0:
+            (folder / "recipe.yaml").write_text(as_yaml(recipe))
         self._keys = None
         if recipe.log.keys:
             path = folder / f"keys-rank{ranks.rank()}.jsonl"
@@ -53,11 +55,10 @@ class Run:
 
     @staticmethod
     def open_folder(recipe: Recipe) -> Path:
-        """Make the run's folder and save the recipe in it."""
+        """Make the run's folder. The recipe is saved in it only once nothing can refuse it any more."""
         folder = Path(recipe.run)
         if ranks.rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "recipe.yaml").write_text(as_yaml(recipe))
         ranks.barrier()
         return folder
 

@@ -145,7 +145,8 @@ def test_bad_input_is_one_line(corpus: Path, tmp_path: Path, settings: list[str]
 
 
 def test_another_model_or_other_data_is_refused_and_the_run_survives(run: Path, corpus: Path) -> None:
-    before = (run / "checkpoints" / "latest").read_text()
+    kept = run / "checkpoints" / "latest", run / "recipe.yaml", run / "metrics.jsonl"
+    before = [path.read_text() for path in kept]
     for settings, message in (
         (["model.text.num_experts=8"], "checkpoint of another model: text.num_experts"),
         (["data.sequence_length=128"], "the sequence length"),
@@ -154,4 +155,4 @@ def test_another_model_or_other_data_is_refused_and_the_run_survives(run: Path, 
         process = start(command(corpus, run, *settings))
         output, _ = process.communicate(timeout=200)
         assert process.returncode == 2 and message in output and "Traceback" not in output, output
-    assert (run / "checkpoints" / "latest").read_text() == before
+    assert [path.read_text() for path in kept] == before

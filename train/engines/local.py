@@ -6,6 +6,7 @@ clip -> AdamW on fp32 masters -> copy into the model where that is bf16
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -83,7 +84,7 @@ class LocalEngine:
         masters = [master for _, parameter, master in self.masters if parameter.requires_grad]
         clip = self.setup.optim.clip or float("inf")
         grad_norm = nn.utils.clip_grad_norm_(masters, clip, foreach=True).item()
-        if not torch.isfinite(torch.tensor(grad_norm)):
+        if not math.isfinite(grad_norm):
             raise EngineError("the gradient is not finite; the update was not made")
         set_lr(self.optimizer.param_groups, lr)
         self.optimizer.step()
