@@ -134,7 +134,9 @@ class _Ending:
             atexit.register(self.kill)  # runs before multiprocessing's own handler, which would wait for them
 
     def kill(self) -> None:
-        """End the workers that still run."""
+        """End the workers that still run. Called again while the interpreter ends, it touches nothing."""
+        if not self.workers:
+            return  # modules may be gone by now, atexit too
         for worker in self.workers:
             if worker.is_alive():
                 worker.kill()

@@ -189,7 +189,7 @@ def is_alive(pid: int) -> bool:
 
 
 SCRIPT = """
-import multiprocessing, sys, time
+import atexit, multiprocessing, sys, time
 from pathlib import Path
 from tests.data.test_loader import Rank, open_run
 from data.loader import stream
@@ -198,6 +198,7 @@ if __name__ == "__main__":
     plan, reader = open_run(Path(sys.argv[1]))
     batches = stream(plan, reader, Rank(0, 1), 0, 10_000, 2)
     next(batches)
+    atexit.kept = batches  # so it is closed last of all, when modules are being emptied
     try:
         print(*[child.pid for child in multiprocessing.active_children()], flush=True)  # the signal may come at once
         for _ in batches:
