@@ -91,7 +91,7 @@ def stream(
             yield step, [_next(batches) for _ in range(per_step)]
     finally:
         del batches
-        ending.kill()
+        ending.close()
 
 
 class _Order(Sampler):
@@ -129,7 +129,8 @@ class _Ending:
     """Kills workers that outlive their loader, when the stream closes and at the latest when the process ends."""
 
     def __init__(self, batches: Any) -> None:
-        self.workers = list(getattr(batches, "_workers", ()))  # torch has no public name for them
+        self.workers = list(getattr(batches, "_workers", ()))  # torch has no public names for them
+        self.queues = list(getattr(batches, "_index_queues", ()))
         if self.workers:
             atexit.register(self.kill)  # runs before multiprocessing's own handler, which would wait for them
 
@@ -142,6 +143,18 @@ class _Ending:
                 worker.kill()
         self.workers = []
         atexit.unregister(self.kill)
+
+    def close(self) -> None:
+        """Kill, and wait for the threads that fed the workers.
+
+        Such a thread may be the last to hold a semaphore; cut short by the end of the process while it lets go, it
+        would make the resource tracker complain.
+        """
+        alive = bool(self.workers)
+        self.kill()
+        for queue in self.queues if alive else ():
+            if queue._thread is not None:
+                queue._thread.join(1.0)
 
 
 def _next(batches: Iterator[Batch | DataError]) -> Batch:
