@@ -90,7 +90,6 @@ def stream(
         for step in steps:
             yield step, [_next(batches) for _ in range(per_step)]
     finally:
-        del batches
         ending.close()
 
 
@@ -126,35 +125,44 @@ class _Packs(Dataset):
 
 
 class _Ending:
-    """Kills workers that outlive their loader, when the stream closes and at the latest when the process ends."""
+    """Ends the workers when the stream closes, and at the latest when the process ends.
+
+    torch ends them when its iterator is collected, which an exception's traceback may put off; and it asks them by an
+    event whose lock a worker that was killed may hold for good. Both must be kept from meeting.
+    """
 
     def __init__(self, batches: Any) -> None:
-        self.workers = list(getattr(batches, "_workers", ()))  # torch has no public names for them
-        self.queues = list(getattr(batches, "_index_queues", ()))
+        self.workers = list(getattr(batches, "_workers", ()))  # torch has no public names for any of these
+        self.batches = batches if self.workers else None
         if self.workers:
             atexit.register(self.kill)  # runs before multiprocessing's own handler, which would wait for them
 
-    def kill(self) -> None:
-        """End the workers that still run. Called again while the interpreter ends, it touches nothing."""
-        if not self.workers:
-            return  # modules may be gone by now, atexit too
-        for worker in self.workers:
-            if worker.is_alive():
-                worker.kill()
-        self.workers = []
-        atexit.unregister(self.kill)
-
     def close(self) -> None:
-        """Kill, and wait for the threads that fed the workers.
+        """Ask the workers to end, or kill them where one is dead already; wait for the threads that fed them.
 
         Such a thread may be the last to hold a semaphore; cut short by the end of the process while it lets go, it
         would make the resource tracker complain.
         """
-        alive = bool(self.workers)
+        if self.batches is None:
+            return
+        queues = self.batches._index_queues
+        if all(worker.is_alive() for worker in self.workers):
+            self.batches._shutdown_workers()
         self.kill()
-        for queue in self.queues if alive else ():
+        for queue in queues:
             if queue._thread is not None:
                 queue._thread.join(1.0)
+
+    def kill(self) -> None:
+        """Kill workers that still run. Called again while the interpreter ends, it touches nothing."""
+        if self.batches is None:
+            return  # modules may be gone by now, atexit too
+        self.batches._shutdown = True  # torch must not ask the dead
+        for worker in self.workers:
+            if worker.is_alive():
+                worker.kill()
+        self.workers, self.batches = [], None
+        atexit.unregister(self.kill)
 
 
 def _next(batches: Iterator[Batch | DataError]) -> Batch:
