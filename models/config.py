@@ -1,6 +1,6 @@
 """Shapes of the Thinker, under transformers' field names, checked when they are made.
 
-    TextConfig + AudioConfig + audio_token_id  ->  ThinkerConfig  ->  models.thinker.Thinker
+    TextConfig + AudioConfig [+ VisionConfig] + placeholder ids  ->  ThinkerConfig  ->  models.thinker.Thinker
 
 Frozen dataclasses of plain numbers: a recipe fills them, a checkpoint records them.
 """
@@ -8,27 +8,37 @@ Frozen dataclasses of plain numbers: a recipe fills them, a checkpoint records t
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 
 class ConfigError(ValueError):
     """A setting that no model can be built from; the message names it and says what to do."""
 
 
-def _require(condition: bool, message: str) -> None:
+def require(condition: bool, message: str) -> None:
+    """Raise ConfigError unless `condition` holds."""
     if not condition:
         raise ConfigError(message)
 
 
-def _require_positive(config: TextConfig | AudioConfig) -> None:
+def require_positive(config: DataclassInstance, but: tuple[str, ...] = ()) -> None:
+    """Refuse numbers of `config` that are not above 0, except in the fields `but`."""
     for field in fields(config):
         value = getattr(config, field.name)
-        if isinstance(value, int | float):
-            _require(value > 0, f"{field.name} must be above 0, not {value}")
+        if isinstance(value, int | float) and field.name not in but:
+            require(value > 0, f"{field.name} must be above 0, not {value}")
 
 
 @dataclass(frozen=True)
 class TextConfig:
-    """The mixture-of-experts decoder. `mrope_section` counts rotary frequencies for time, height and width."""
+    """A mixture-of-experts decoder, the Thinker's or the Talker's.
+
+    `mrope_section` counts rotary frequencies for time, height and width. The Talker's layers have a shared expert
+    beside the routed ones; a width of 0 means none.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -43,23 +53,28 @@ class TextConfig:
     mrope_section: tuple[int, int, int] = (24, 20, 20)
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.02
+    shared_expert_intermediate_size: int = 0
 
     def __post_init__(self) -> None:
         """Reject shapes that do not fit together."""
         object.__setattr__(self, "mrope_section", tuple(self.mrope_section))  # a list, where YAML filled it
-        _require_positive(self)
-        _require(self.head_dim % 2 == 0, f"head_dim must be even, not {self.head_dim}")
-        _require(
+        require_positive(self, but=("shared_expert_intermediate_size",))
+        require(
+            self.shared_expert_intermediate_size >= 0,
+            f"shared_expert_intermediate_size must be 0 (none) or more, not {self.shared_expert_intermediate_size}",
+        )
+        require(self.head_dim % 2 == 0, f"head_dim must be even, not {self.head_dim}")
+        require(
             self.num_attention_heads % self.num_key_value_heads == 0,
             f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "
             f"({self.num_key_value_heads})",
         )
-        _require(
+        require(
             self.num_experts_per_tok <= self.num_experts,
             f"num_experts_per_tok ({self.num_experts_per_tok}) must not exceed num_experts ({self.num_experts})",
         )
         section = self.mrope_section
-        _require(
+        require(
             len(section) == 3
             and sum(section) == self.head_dim // 2
             and 0 <= min(section)
@@ -86,38 +101,111 @@ class AudioConfig:
 
     def __post_init__(self) -> None:
         """Reject shapes that do not fit together."""
-        _require_positive(self)
-        _require(
+        require_positive(self)
+        require(
             self.d_model % (2 * self.encoder_attention_heads) == 0 or self.encoder_attention_heads == 1,
             f"d_model ({self.d_model}) must be an even multiple of encoder_attention_heads "
             f"({self.encoder_attention_heads})",
         )
-        _require(self.d_model % 2 == 0 and self.d_model >= 4, f"d_model must be even and at least 4: {self.d_model}")
-        _require(self.n_window == 50, f"n_window must be 50 (chunks of one second), not {self.n_window}")
-        _require(
+        require(self.d_model % 2 == 0 and self.d_model >= 4, f"d_model must be even and at least 4: {self.d_model}")
+        require(self.n_window == 50, f"n_window must be 50 (chunks of one second), not {self.n_window}")
+        require(
             self.n_window_infer % 100 == 0,
             f"n_window_infer must be a multiple of 100 frames (whole seconds), not {self.n_window_infer}",
         )
 
 
 @dataclass(frozen=True)
+class VisionConfig:
+    """The vision encoder: patches of `patch_size` pixels over `temporal_patch_size` frames.
+
+    `deepstack_visual_indexes` are the blocks after which features are also taken for the decoder's first layers, one
+    layer each. `num_position_embeddings` is a square: the grid from which positions are interpolated.
+    """
+
+    depth: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    out_hidden_size: int
+    deepstack_visual_indexes: tuple[int, ...] = (8, 16, 24)
+    num_position_embeddings: int = 2304
+    patch_size: int = 16
+    temporal_patch_size: int = 2
+    spatial_merge_size: int = 2
+    in_channels: int = 3
+
+    def __post_init__(self) -> None:
+        """Reject shapes that do not fit together."""
+        object.__setattr__(self, "deepstack_visual_indexes", tuple(self.deepstack_visual_indexes))
+        require_positive(self)
+        require(
+            self.hidden_size % (4 * self.num_heads) == 0,
+            f"hidden_size ({self.hidden_size}) must be a multiple of 4 * num_heads ({self.num_heads}): half of a "
+            "head's channels turn with the row, half with the column",
+        )
+        side = round(self.num_position_embeddings**0.5)
+        require(
+            side * side == self.num_position_embeddings,
+            f"num_position_embeddings must be a square number, not {self.num_position_embeddings}",
+        )
+        taken = self.deepstack_visual_indexes
+        require(
+            all(0 <= index < self.depth for index in taken) and sorted(set(taken)) == list(taken),
+            f"deepstack_visual_indexes {list(taken)} must be rising block numbers below depth ({self.depth})",
+        )
+
+    @property
+    def patch_dim(self) -> int:
+        """Values of one patch: channels x frames x rows x columns."""
+        return self.in_channels * self.temporal_patch_size * self.patch_size**2
+
+
+@dataclass(frozen=True)
 class ThinkerConfig:
-    """Decoder and encoder together; `audio_token_id` is the placeholder that audio features replace."""
+    """Decoder and encoders together. The ids are the placeholders that features replace.
+
+    `vision` None is a model of text and audio. `position_id_per_seconds` is how far the time axis of video advances in
+    a second; audio has as many tokens in a second.
+    """
 
     text: TextConfig
     audio: AudioConfig
     audio_token_id: int
+    vision: VisionConfig | None = None
+    image_token_id: int | None = None
+    video_token_id: int | None = None
+    position_id_per_seconds: int = 13
 
     def __post_init__(self) -> None:
         """Reject parts that do not fit together."""
-        _require(
+        require(
             self.audio.output_dim == self.text.hidden_size,
             f"audio output_dim ({self.audio.output_dim}) must equal text hidden_size ({self.text.hidden_size})",
         )
-        _require(
-            0 <= self.audio_token_id < self.text.vocab_size,
-            f"audio_token_id ({self.audio_token_id}) must lie below vocab_size ({self.text.vocab_size})",
-        )
+        ids = {"audio_token_id": self.audio_token_id}
+        if self.vision is not None:
+            require(
+                self.vision.out_hidden_size == self.text.hidden_size,
+                f"vision out_hidden_size ({self.vision.out_hidden_size}) must equal text hidden_size "
+                f"({self.text.hidden_size})",
+            )
+            require(
+                len(self.vision.deepstack_visual_indexes) <= self.text.num_hidden_layers,
+                f"deepstack_visual_indexes {list(self.vision.deepstack_visual_indexes)} must not be more than the "
+                f"decoder's {self.text.num_hidden_layers} layers",
+            )
+            for name in ("image_token_id", "video_token_id"):
+                value = getattr(self, name)
+                require(value is not None, f"{name} must be given where there is a vision encoder")
+                ids[name] = value
+        for name, value in ids.items():
+            require(
+                0 <= value < self.text.vocab_size,
+                f"{name} ({value}) must lie below vocab_size ({self.text.vocab_size})",
+            )
+        require(len(set(ids.values())) == len(ids), f"placeholder ids must differ: {ids}")
+        require(self.position_id_per_seconds > 0, "position_id_per_seconds must be above 0")
 
 
 def scaled_mrope_section(head_dim: int) -> tuple[int, int, int]:
