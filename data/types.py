@@ -1,9 +1,12 @@
-"""What the loader hands to training.  T = tokens, F = mel frames (10 ms each), M = mel bins."""
+"""What the loader hands to training.
+
+T = tokens, F = mel frames (10 ms each), M = mel bins, P = patches of pictures, X = values of a patch.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -21,6 +24,8 @@ class Batch:
     mel_lengths: tuple[int, ...]  # frames of each clip; they sum to F
     keys: tuple[str, ...]  # "shard.tar:key" of each document
     skipped: tuple[str, ...] = ()  # one line for each sample of the plan that had to be left out
+    pixels_PX: Tensor = field(default_factory=lambda: torch.empty(0, 0))  # float32, images and videos in order
+    grids: tuple[tuple[int, int, int], ...] = ()  # frames, rows and columns of patches of each image or video
 
     @classmethod
     def empty(cls, num_mels: int, skipped: tuple[str, ...] = ()) -> Batch:
@@ -42,4 +47,4 @@ class Batch:
         return self.map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
 
 
-_TENSORS = ("token_ids_T", "labels_T", "position_ids_3T", "mel_FM")
+_TENSORS = ("token_ids_T", "labels_T", "position_ids_3T", "mel_FM", "pixels_PX")

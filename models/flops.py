@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from models.audio_encoder import CHUNK_FRAMES, CHUNK_TOKENS, num_audio_tokens
-from models.config import AudioConfig, TextConfig
+from models.config import AudioConfig, TextConfig, ThinkerConfig, VisionConfig
 
 
 def active_parameters(config: TextConfig) -> int:
@@ -52,3 +52,25 @@ def audio_flops(config: AudioConfig, mel_lengths: Sequence[int]) -> int:
     chunks = sum(-(-frames // CHUNK_FRAMES) for frames in mel_lengths)
     tokens = sum(map(num_audio_tokens, mel_lengths))
     return 3 * (2 * (chunks * chunk + tokens * token) + 4 * width * config.encoder_layers * squares)
+
+
+def vision_flops(config: VisionConfig, grids: Sequence[tuple[int, int, int]]) -> int:
+    """Forward and backward of the vision encoder and its mergers over images and videos of so many patches."""
+    width, block = config.hidden_size, config.hidden_size * config.spatial_merge_size**2
+    layer = 4 * width * width + 2 * width * config.intermediate_size
+    mergers = (1 + len(config.deepstack_visual_indexes)) * block * (block + config.out_hidden_size)
+    patches = sum(frames * rows * columns for frames, rows, columns in grids)
+    squares = sum(frames * (rows * columns) ** 2 for frames, rows, columns in grids)
+    patch = config.patch_dim * width + config.depth * layer + mergers // config.spatial_merge_size**2
+    return 3 * (2 * patches * patch + 4 * width * config.depth * squares)
+
+
+def training_flops(
+    config: ThinkerConfig,
+    doc_lengths: Sequence[int],
+    mel_lengths: Sequence[int],
+    grids: Sequence[tuple[int, int, int]],
+) -> int:
+    """Forward and backward of the whole Thinker over a pack."""
+    seen = vision_flops(config.vision, grids) if config.vision is not None else 0
+    return text_flops(config.text, doc_lengths) + audio_flops(config.audio, mel_lengths) + seen

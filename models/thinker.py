@@ -1,22 +1,26 @@
-"""The Thinker: text tokens and speech in, hidden states of the next text token out.
+"""The Thinker: text, speech, images and video in, hidden states of the next text token out.
 
-    mel --audio_tower--> features ------.
-    token ids --embed_tokens--> [T, D] --+ features in the placeholders' rows --> layers --> norm --> hidden [T, D]
-                                                                    '--> router logits per layer [T, E]
+    mel ----audio_tower--> features -----------.
+    pixels --visual--> features, DeepStack --. |
+    token ids --embed_tokens--> [T, D] ------+-+ features in the placeholders' rows --> layers --> norm --> hidden
+                                                 DeepStack added after the first --^       '--> router logits [T, E]
 
 Documents are packed end to end without padding; attention stays within each. `lm_head` is a child that the loss
 calls on pieces of the hidden states, so that full logits never exist. Children carry the released checkpoint's
 names under `thinker.`; experts alone are fused (models/hf.py). Every parameter gets a gradient from every batch,
-zero where the batch has no tokens or no audio: ranks of a sharded engine must enter the same modules in the same
-order.
+zero where the batch has no tokens, no audio or no pictures: ranks of a sharded engine must enter the same modules in
+the same order.
 
-Cost per token: models/flops.py. Letters: T tokens, D hidden, E experts, C head_dim, F mel frames, M mel bins.
+Cost per token: models/flops.py. Letters: T tokens, D hidden, E experts, C head_dim, F mel frames, M mel bins,
+P patches of pictures, X values of a patch, V visual tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from models.audio_encoder import AudioEncoder
@@ -27,6 +31,9 @@ from models.layers.decoder import DecoderLayer
 from models.layers.head import LMHead
 from models.layers.norm import RMSNorm
 from models.layers.rope import angles
+from models.vision_encoder import VisionEncoder
+
+Grids = Sequence[tuple[int, int, int]]
 
 
 class Decoder(nn.Module):
@@ -44,32 +51,50 @@ class Decoder(nn.Module):
         token_ids_T: Tensor,
         position_ids_3T: Tensor,
         doc_lengths: Sequence[int],
-        places_T: Tensor,
-        features_TD: Tensor,
+        features: Sequence[tuple[Tensor, Tensor]],
+        deepstack: tuple[Tensor, Sequence[Tensor]] | None,
         cache: KVCache | None,
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Embeds, puts `features` in the rows `places`, runs the layers: hidden [T, D] and router logits per layer."""
+        tap: int | None,
+        stop: bool,
+    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
+        """Embed, put each (rows, features) of `features` in its rows, run the layers.
+
+        `deepstack` is (rows, one tensor [V, D] for each of the first layers), added to what those layers give. Returns
+        hidden [T, D], router logits per layer, and what layer `tap` gave, counted from 1, before that addition; with
+        `stop` the layers after it do not run, and hidden is the same tensor.
+        """
         x_TD = self.embed_tokens(token_ids_T)
-        x_TD = x_TD.index_copy(0, places_T, features_TD.to(x_TD.dtype))
+        for rows, features_D in features:
+            x_TD = x_TD.index_copy(0, rows, features_D.to(x_TD.dtype))
         config = self.config
         turns = angles(position_ids_3T, config.head_dim, config.rope_theta, config.mrope_section)
         cos_TC, sin_TC = (turn_TC.to(x_TD.dtype) for turn_TC in turns)
         segments = make_segments(doc_lengths, x_TD.device)
-        router_logits = []
+        router_logits, tapped_TD = [], None
+        rows_V, added = deepstack or (None, ())
         for index, layer in enumerate(self.layers):
             x_TD, logits_TE = layer(x_TD, cos_TC, sin_TC, segments, cache, index)
             router_logits.append(logits_TE)
-        return self.norm(x_TD), tuple(router_logits)
+            if tap == index + 1 < len(self.layers):
+                tapped_TD = x_TD
+                if stop:
+                    return x_TD, tuple(router_logits), x_TD
+            if rows_V is not None and index < len(added):
+                x_TD = x_TD.index_add(0, rows_V, added[index].to(x_TD.dtype))
+        x_TD = self.norm(x_TD)
+        return x_TD, tuple(router_logits), x_TD if tap == len(self.layers) else tapped_TD
 
 
 class Thinker(nn.Module):
-    """Audio encoder and mixture-of-experts decoder. Weights are unset until models.init.init_weights or a load."""
+    """Encoders and mixture-of-experts decoder. Weights are unset until models.init.init_weights or a load."""
 
     def __init__(self, config: ThinkerConfig, recompute_experts: bool = False) -> None:
         """`recompute_experts` keeps no activations of the experts for backward (a quarter more GEMM work there)."""
         super().__init__()
         self.config = config
         self.audio_tower = AudioEncoder(config.audio)
+        if config.vision is not None:
+            self.visual = VisionEncoder(config.vision)
         self.model = Decoder(config.text, recompute_experts)
         self.lm_head = LMHead(config.text.hidden_size, config.text.vocab_size)
 
@@ -81,22 +106,52 @@ class Thinker(nn.Module):
         mel_FM: Tensor,
         mel_lengths: Sequence[int],
         cache: KVCache | None = None,
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        *,
+        pixels_PX: Tensor | None = None,
+        grids: Grids = (),
+        tap: int | None = None,
+        stop: bool = False,
+    ) -> tuple[Any, ...]:
         """One pack of documents -> hidden states after the final norm [T, D], router logits float32 [T, E] per layer.
 
         token_ids int64 [T]; position_ids float32 [3, T]; doc_lengths sum to T; mel float32 [F, M], clips in the order
-        of their runs of placeholders, mel_lengths frames each. T = 0 and no clips are both fine. With a filled `cache`
-        the T tokens are one more for each of its documents. Raises ValueError where counts disagree.
+        of their runs of placeholders, mel_lengths frames each; pixels float32 [P, X] of images and videos alike in the
+        order of their placeholders, grids (frames, rows, columns) of patches each. T = 0, no clips and no pictures are
+        all fine. With a filled `cache` the T tokens are one more for each of its documents.
+
+        With `tap`, a number of layers, a third result: the hidden states [T, D] that transformers counts as
+        hidden_states[tap], which the Talker reads; with `stop` nothing after them is computed, and the first result
+        is of no use. Raises ValueError where counts disagree.
         """
         if sum(doc_lengths) != len(token_ids_T) or min(doc_lengths, default=1) < 1:
             raise ValueError(
                 f"doc_lengths {list(doc_lengths)} must be positive and sum to the {len(token_ids_T)} tokens"
             )
+        if tap is not None and not 1 <= tap <= len(self.model.layers):
+            raise ValueError(f"tap ({tap}) must be from 1 to the decoder's {len(self.model.layers)} layers")
         features_TD = self.audio_tower(mel_FM, mel_lengths)
-        places_T = (token_ids_T == self.config.audio_token_id).nonzero().squeeze(1)
-        if len(places_T) != len(features_TD):
-            raise ValueError(
-                f"{len(places_T)} audio placeholders in the tokens, but {len(features_TD)} audio tokens from "
-                f"{len(mel_lengths)} clips; they must be equal"
-            )
-        return self.model(token_ids_T, position_ids_3T, doc_lengths, places_T, features_TD, cache)
+        rows_A = (token_ids_T == self.config.audio_token_id).nonzero().squeeze(1)
+        _agree("audio", len(rows_A), len(features_TD), f"{len(mel_lengths)} clips")
+        features, deepstack = [(rows_A, features_TD)], None
+        if self.config.vision is not None:
+            if pixels_PX is None or not len(pixels_PX):
+                pixels_PX = mel_FM.new_empty(0, self.config.vision.patch_dim)
+            seen_VD, added = self.visual(pixels_PX, grids)
+            ids = torch.tensor([self.config.image_token_id, self.config.video_token_id], device=token_ids_T.device)
+            rows_V = torch.isin(token_ids_T, ids).nonzero().squeeze(1)
+            _agree("visual", len(rows_V), len(seen_VD), f"{len(grids)} images and videos")
+            features.append((rows_V, seen_VD))
+            deepstack = rows_V, added
+        elif len(grids):
+            raise ValueError(f"{len(grids)} images or videos, but this model has no vision encoder")
+        hidden_TD, router_logits, tapped_TD = self.model(
+            token_ids_T, position_ids_3T, doc_lengths, features, deepstack, cache, tap, stop
+        )
+        return (hidden_TD, router_logits) if tapped_TD is None else (hidden_TD, router_logits, tapped_TD)
+
+
+def _agree(kind: str, places: int, tokens: int, source: str) -> None:
+    if places != tokens:
+        raise ValueError(
+            f"{places} {kind} placeholders in the tokens, but {tokens} {kind} tokens from {source}; they must be equal"
+        )

@@ -130,14 +130,22 @@ class Objective(nn.Module):
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Return ce_sum (fp32 scalar), prob_LE (fp32, summed router probabilities), count_LE (fp32, no gradient)."""
-        hidden_TD, router_logits = self.thinker(
-            batch.token_ids_T, batch.position_ids_3T, batch.doc_lengths, batch.mel_FM, batch.mel_lengths
-        )
+        hidden_TD, router_logits = self.thinker(*inputs_of(batch), **pictures_of(batch))
         head = partial(cross_entropy_sum, labels_T=batch.labels_T, max_logits=self.max_logits)
         ce_sum = self.thinker.lm_head(hidden_TD, head)
         prob_LE = torch.stack([F.softmax(logits_TE.float(), -1).sum(0) for logits_TE in router_logits])
         count_LE = torch.stack([expert_count(logits_TE, self.top_k) for logits_TE in router_logits])
         return ce_sum, prob_LE, count_LE
+
+
+def inputs_of(batch: Batch) -> tuple[Any, ...]:
+    """A batch as the positional arguments of Thinker.forward."""
+    return batch.token_ids_T, batch.position_ids_3T, batch.doc_lengths, batch.mel_FM, batch.mel_lengths
+
+
+def pictures_of(batch: Batch) -> dict[str, Any]:
+    """A batch's images and videos as keyword arguments of Thinker.forward."""
+    return {"pixels_PX": batch.pixels_PX, "grids": batch.grids}
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ from data.reader import Reader
 from data.tokenizer import AUDIO_PAD, Tokenizer, load_tokenizer
 from models.audio_encoder import num_audio_tokens
 from models.config import ConfigError, ThinkerConfig
-from models.flops import audio_flops, text_flops
+from models.flops import training_flops
 from models.hf import released_pieces
 from train import ranks
 from train.checkpoint import CheckpointReader, Manifest, Saver, choose, open_weights
@@ -193,7 +193,7 @@ def open_run(
         recipe.log,
         start_step=step,
         end_step=min(span.stop, recipe.max_steps or span.stop),
-        flops=lambda batch: text_flops(model.text, batch.doc_lengths) + audio_flops(model.audio, batch.mel_lengths),
+        flops=lambda batch: training_flops(model, batch.doc_lengths, batch.mel_lengths, batch.grids),
         peak_flops=peak_flops(setup.device),
         num_skipped=manifest.info["counters"]["skipped"] if manifest else 0,
         enabled=ranks.rank() == 0,

@@ -9,8 +9,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.audio_encoder import AudioEncoder
-from models.config import AudioConfig, TextConfig
-from models.flops import active_parameters, audio_flops, flops_per_token, text_flops
+from models.config import AudioConfig, TextConfig, VisionConfig
+from models.flops import active_parameters, audio_flops, flops_per_token, text_flops, vision_flops
+from models.vision_encoder import VisionEncoder
 
 RELEASED = TextConfig(152064, 2048, 48, 32, 4, 128, 128, 8, 768)
 
@@ -36,3 +37,15 @@ def test_audio_against_torch_counter():
     tokens, window = 208, 104
     attention = 3 * 4 * config.d_model * config.encoder_layers * tokens * window
     assert counter.get_total_flops() + attention == pytest.approx(audio_flops(config, [frames]), rel=0.01)
+
+
+def test_vision_against_torch_counter():
+    """Frames of one size, which share a bucket without padding; positions, a thousandth of the work, are not counted."""
+    config = VisionConfig(2, 64, 128, 2, 48, (0,), 16)
+    grids = [(3, 8, 6), (1, 8, 6)]
+    with FlopCounterMode(display=False) as counter:
+        pixels_PX = torch.randn(4 * 48, config.patch_dim, requires_grad=True)
+        features_TD, deepstack = VisionEncoder(config)(pixels_PX, grids)
+        (features_TD.sum() + deepstack[0].sum()).backward()
+    attention = 3 * 4 * config.hidden_size * config.depth * 4 * 48**2
+    assert counter.get_total_flops() + attention == pytest.approx(vision_flops(config, grids), rel=0.01)

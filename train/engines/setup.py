@@ -17,7 +17,7 @@ from models.config import ThinkerConfig
 from models.generate import greedy
 from models.init import init_weights
 from models.thinker import Thinker
-from train.loss import IGNORE, Objective
+from train.loss import IGNORE, Objective, inputs_of, pictures_of
 from train.optim import param_groups, select_trainable
 from train.recipe import EngineConfig, LossConfig, OptimConfig, Phase
 
@@ -65,9 +65,7 @@ class EngineSetup:
 
 def sums_of_eval(objective: Objective, batch: Batch) -> Mapping[str, float]:
     """Sums over a batch: `loss_sum`, `targets`, `correct` (most likely token right)."""
-    hidden_TD, _ = objective.thinker(
-        batch.token_ids_T, batch.position_ids_3T, batch.doc_lengths, batch.mel_FM, batch.mel_lengths
-    )
+    hidden_TD, _ = objective.thinker(*inputs_of(batch), **pictures_of(batch))
     index_N = (batch.labels_T != IGNORE).nonzero().squeeze(1)
     logits_NV = objective.thinker.lm_head(hidden_TD.index_select(0, index_N)).float()
     target_N = batch.labels_T.index_select(0, index_N)
