@@ -40,7 +40,7 @@ def test_audio_against_torch_counter():
 
 
 def test_vision_against_torch_counter():
-    """Frames of one size, which share a bucket without padding; positions, a thousandth of the work, are not counted."""
+    """Frames of one size, which share a bucket without padding; positions, a thousandth of it all, are not counted."""
     config = VisionConfig(2, 64, 128, 2, 48, (0,), 16)
     grids = [(3, 8, 6), (1, 8, 6)]
     with FlopCounterMode(display=False) as counter:
