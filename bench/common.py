@@ -9,10 +9,12 @@ the candidates.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,6 +44,20 @@ def compare(candidates: Mapping[str, Callable[[], Any]], rounds: int = 7, warmup
             if index >= warmup:
                 times[name].append(time.process_time() - start)
     return {name: statistics.median(each) for name, each in times.items()}
+
+
+def resident(kind: str) -> int:
+    """Bytes of the resident set: VmRSS, now, or VmHWM, its peak since `reset_peak`."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(kind + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {kind}: this benchmark needs Linux")
+
+
+def reset_peak() -> None:
+    """Forget the peak of the resident set, and hand freed memory back, which the next candidate would find for free."""
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def saved_bytes(work: Callable[[], Any], exclude: torch.nn.Module) -> int:

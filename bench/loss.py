@@ -22,7 +22,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench.common import report
+from bench.common import report, reset_peak, resident
 from train.loss import cross_entropy_sum
 
 TOKENS, VOCAB, HIDDEN, ROUNDS = 4096, 152_064, 2048, 2
@@ -38,20 +38,12 @@ def chunked(hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor) -> Tensor:
     return cross_entropy_sum(hidden_TD, weight_VD, labels_T=labels_T)
 
 
-def resident(kind: str) -> int:
-    """Bytes of the resident set: VmRSS, now, or VmHWM, its peak since the last reset."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(kind + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {kind}: this benchmark needs Linux")
-
-
 def measure(loss: Callable[[Tensor, Tensor, Tensor], Tensor], hidden: Tensor, weight: Tensor, labels: Tensor) -> dict:
     """CPU seconds, added peak bytes and results of one forward and backward."""
     h, w = hidden.clone().requires_grad_(), weight.requires_grad_()
     w.grad = None
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")
+    reset_peak()
     before, began = resident("VmRSS"), time.process_time()
     value = loss(h, w, labels)
     value.backward()
