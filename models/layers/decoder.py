@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from models.config import TextConfig
 from models.layers.attention import Segments, attend
 from models.layers.cache import KVCache
-from models.layers.moe import MoE
+from models.layers.moe import MoE, SharedMoE
 from models.layers.norm import RMSNorm
 from models.layers.rope import rotate
 
@@ -60,13 +60,9 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MoE(
-            config.hidden_size,
-            config.num_experts,
-            config.num_experts_per_tok,
-            config.moe_intermediate_size,
-            recompute_experts,
-        )
+        shape = config.hidden_size, config.num_experts, config.num_experts_per_tok, config.moe_intermediate_size
+        shared = config.shared_expert_intermediate_size
+        self.mlp = SharedMoE(*shape, shared, recompute_experts) if shared else MoE(*shape, recompute_experts)
 
     def forward(
         self, x_TD: Tensor, cos_TC: Tensor, sin_TC: Tensor, segments: Segments, cache: KVCache | None, layer: int

@@ -6,7 +6,9 @@ The softmax over the chosen logits equals the softmax over all experts, cut to t
 names gate, experts.gate_up_proj, experts.down_proj and experts.num_experts are what DeepSpeed's AutoEP looks for
 when it puts its own expert-parallel block in this one's place, so both take [..., D] and return (out, logits).
 
-Letters: T tokens, D hidden, E experts, K chosen experts per token.
+The Talker's block adds an expert that every token passes, scaled by a sigmoid of its own gate.
+
+Letters: T tokens, D hidden, E experts, K chosen experts per token, F width of a dense layer.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.layers.experts import Experts
@@ -61,3 +64,39 @@ class MoE(nn.Module):
         logits_TE = self.gate(x_TD)
         best_TK, chosen_TK = logits_TE.topk(self.top_k, dim=-1, sorted=False)
         return self.experts(x_TD, chosen_TK, best_TK.softmax(-1)).view_as(x), logits_TE
+
+
+class SwiGLU(nn.Module):
+    """Dense gated layer: D -> F -> D without biases."""
+
+    def __init__(self, hidden_size: int, width: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, width, bias=False)
+        self.up_proj = nn.Linear(hidden_size, width, bias=False)
+        self.down_proj = nn.Linear(width, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., D] -> the same shape."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class SharedMoE(MoE):
+    """The sparse block beside one expert of `shared_width` that all tokens share."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int,
+        width: int,
+        shared_width: int,
+        recompute: bool = False,
+    ) -> None:
+        super().__init__(hidden_size, num_experts, top_k, width, recompute)
+        self.shared_expert = SwiGLU(hidden_size, shared_width)
+        self.shared_expert_gate = nn.Linear(hidden_size, 1, bias=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """As MoE.forward."""
+        out, logits_TE = super().forward(x)
+        return out + self.shared_expert_gate(x).sigmoid() * self.shared_expert(x), logits_TE

@@ -85,6 +85,8 @@ class Pack(NamedTuple):
     doc_lengths: tuple[int, ...]
     mel_FM: Tensor
     mel_lengths: tuple[int, ...]
+    pixels_PX = torch.empty(0, 0)
+    grids = ()
 
 
 def pack(generator: torch.Generator, documents: Sequence[Document]) -> Pack:
