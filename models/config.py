@@ -8,10 +8,7 @@ Frozen dataclasses of plain numbers: a recipe fills them, a checkpoint records t
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
+from typing import Any
 
 
 class ConfigError(ValueError):
@@ -24,8 +21,8 @@ def require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-def require_positive(config: DataclassInstance, but: tuple[str, ...] = ()) -> None:
-    """Refuse numbers of `config` that are not above 0, except in the fields `but`."""
+def require_positive(config: Any, but: tuple[str, ...] = ()) -> None:
+    """Refuse numbers of a dataclass that are not above 0, except in the fields `but`."""
     for field in fields(config):
         value = getattr(config, field.name)
         if isinstance(value, int | float) and field.name not in but:

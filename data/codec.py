@@ -1,0 +1,55 @@
+"""What a speech codec is to the rest: waveforms to codes, and back.
+
+    waveform [S] --encode--> codes [G, T] --decode--> waveform [S']
+
+The Talker learns codes and the waveform decoder turns them back, so both are bound to the codec whose codes they
+saw: `identity` goes with every stored code and is compared before any use.
+
+Letters: S samples, G codebooks, T frames.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Codec(Protocol):
+    """A codec of one utterance at a time. Codes of joined utterances are not their codes joined."""
+
+    @property
+    def sample_rate(self) -> int:
+        """Samples in a second: 24,000 wherever Qwen3-Omni's Talker is involved."""
+        ...
+
+    @property
+    def frame_rate(self) -> float:
+        """Frames of codes in a second, 12.5 there."""
+        ...
+
+    @property
+    def num_codebooks(self) -> int:
+        """Codes of a frame, G. The first is the Talker's, the rest refine it."""
+        ...
+
+    @property
+    def codebook_size(self) -> int:
+        """Codes lie in 0 .. codebook_size - 1."""
+        ...
+
+    @property
+    def identity(self) -> str:
+        """Says which codec made the codes: equal for equal weights and codebooks, different otherwise."""
+        ...
+
+    def encode(self, waveform_S: Tensor) -> Tensor:
+        """Mono float32 [S] at `sample_rate` -> codes int64 [G, T], T = S / samples of a frame, rounded up.
+
+        Raises BadSample for a waveform that no codes can be made of.
+        """
+        ...
+
+    def decode(self, codes_GT: Tensor) -> Tensor:
+        """Codes int64 [G, T] -> waveform float32 [S]. Raises BadSample for codes outside the codebooks."""
+        ...
