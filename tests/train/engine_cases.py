@@ -1,7 +1,7 @@
 """A tiny model, global batches and what the processes of the contract test run.
 
 The global batch of a step is a list of documents; SPLITS deal it out to ranks and micro-batches.
-Letters: T tokens, F mel frames, M mel bins.
+Letters: T tokens, F mel frames, M mel bins, P patches, X values of a patch.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from torch import Tensor
 
 from data.types import Batch
 from models.audio_encoder import num_audio_tokens
-from models.config import AudioConfig, TextConfig, ThinkerConfig
+from models.config import AudioConfig, TextConfig, ThinkerConfig, VisionConfig
+from models.vision_encoder import num_vision_tokens
 from train import ranks
 from train.engines import MOMENTS, SHARE, VALUE, WEIGHT, Engine
 from train.engines.build import build_engine
@@ -24,7 +25,8 @@ from train.engines.setup import EngineSetup
 from train.errors import EngineError
 from train.recipe import EngineConfig, LossConfig, OptimConfig, Phase
 
-MELS, WORDS, AUDIO = 128, 60, 63
+MELS, WORDS, VIDEO, IMAGE, AUDIO = 128, 60, 61, 62, 63
+PATCH = 24  # values of a patch: 2 x 2 pixels of 3 colours in 2 frames
 STEPS, SAVED = 5, 3  # steps of a run, and after how many its state is kept
 LAYOUTS = {f"zero{zero}-ep{ep}": (zero, ep) for zero in (1, 2, 3) for ep in (1, 2)}
 PHASE_CASES = (
@@ -37,7 +39,9 @@ PHASE_CASES = (
     (3, 2, "bf16"),
 )
 FRAMES = {0: 130, 1: 40}  # documents with audio
-# Documents of each micro-batch, per rank. Rank 1 has no audio in 0 to 3, and no tokens in 1. Document 5 has no target.
+PICTURES = {3: (IMAGE, (1, 2, 4)), 6: (VIDEO, (2, 4, 2))}  # documents with an image or a video
+# Documents of each micro-batch, per rank. Rank 1 has no audio in 0 to 3, and no tokens in 1; rank 0 has no picture in
+# 2, and rank 1 none in 1 and 4. Document 5 has no target.
 SPLITS = (
     (((0, 1), (2, 3)), ((4,), (5, 6))),
     (((0, 1, 2, 3, 4, 5, 6),), ((),)),
@@ -59,8 +63,9 @@ def setup(
     moe = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
     text = TextConfig(64, 32, 2, 4, 2, 8, mrope_section=(2, 1, 1), **moe)
     audio = AudioConfig(16, 1, 2, 32, output_dim=32, downsample_hidden_size=8, num_mel_bins=MELS)
+    vision = VisionConfig(2, 16, 16, 2, 32, (0,), 16, patch_size=2)
     return EngineSetup(
-        model=ThinkerConfig(text, audio, AUDIO),
+        model=ThinkerConfig(text, audio, AUDIO, vision, IMAGE, VIDEO),
         engine=EngineConfig(name=name, device="cpu", zero=zero, ep=ep, **engine),
         optim=OptimConfig(**(LINEAR if linear else USUAL)),
         loss=LossConfig(balance=0.1, max_logits=800),
@@ -71,22 +76,28 @@ def setup(
     )
 
 
-def document(step: int, index: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids, labels and mel of one document."""
+def document(step: int, index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Token ids, labels, mel and pixels of one document."""
     generator = torch.Generator().manual_seed(100 * step + index)
     ids_T = torch.randint(0, WORDS, (4 + 3 * index,), generator=generator)
     frames = FRAMES.get(index, 0)
     ids_T = torch.cat([torch.full((int(num_audio_tokens(frames)) if frames else 0,), AUDIO), ids_T])
+    patches = 0
+    if index in PICTURES:
+        token, grid = PICTURES[index]
+        patches = grid[0] * grid[1] * grid[2]
+        ids_T = torch.cat([ids_T[:2], torch.full((num_vision_tokens(grid),), token), ids_T[2:]])
     dropped_T = torch.rand(len(ids_T), generator=generator) < 0.1 * index
-    labels_T = torch.where(dropped_T | (index == 5) | (ids_T == AUDIO), -100, (ids_T * 7 + 3 + step % 2) % WORDS)
-    return ids_T, labels_T, torch.randn(frames, MELS, generator=generator)
+    labels_T = torch.where(dropped_T | (index == 5) | (ids_T >= VIDEO), -100, (ids_T * 7 + 3 + step % 2) % WORDS)
+    mel_FM = torch.randn(frames, MELS, generator=generator)
+    return ids_T, labels_T, mel_FM, torch.randn(patches, PATCH, generator=generator)
 
 
 def pack(step: int, indices: Sequence[int]) -> Batch:
     """One micro-batch of the documents with these indices."""
     if not indices:
         return Batch.empty(MELS)
-    ids, labels, mels = zip(*(document(step, index) for index in indices), strict=True)
+    ids, labels, mels, pixels = zip(*(document(step, index) for index in indices), strict=True)
     lengths = tuple(len(ids_T) for ids_T in ids)
     return Batch(
         token_ids_T=torch.cat(ids),
@@ -97,6 +108,8 @@ def pack(step: int, indices: Sequence[int]) -> Batch:
         mel_lengths=tuple(len(mel_FM) for mel_FM in mels if len(mel_FM)),
         keys=tuple(f"{step}:{index}" for index in indices),
         skipped=("a line",) if 0 in indices else (),
+        pixels_PX=torch.cat(pixels),
+        grids=tuple(PICTURES[index][1] for index in indices if index in PICTURES),
     )
 
 
