@@ -119,12 +119,13 @@ def _load(folder: Path) -> Any:
     except ImportError as error:
         raise DataError('the Mimi codec needs transformers: pip install "omniloom[mimi]"') from error
     try:
-        model, info = MimiModel.from_pretrained(
+        loaded: Any = MimiModel.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
         )
     except Exception as error:  # the library raises its own kinds for a damaged file, key or shape
         reason = " ".join(str(error).split())[:200]
         raise DataError(f"cannot load the Mimi model in {folder}: {reason}") from error
+    model, info = loaded
     if lacking := sorted(info["missing_keys"]):
         raise DataError(f"{folder}/model.safetensors lacks {lacking[0]} and {len(lacking) - 1} more tensors of Mimi")
     return model.eval().requires_grad_(False)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from data.errors import BadSample
@@ -87,6 +87,8 @@ def decode_image(payload: bytes, limits: ImageLimits | None = None) -> np.ndarra
                 return _rgb(image)
     except BadSample:
         raise
+    except UnidentifiedImageError:
+        raise BadSample(f"image is none of {', '.join(name.lower() for name in FORMATS)}") from None
     except Exception as error:  # on damaged bytes Pillow's parsers raise nearly anything
         raise BadSample(f"image cannot be decoded: {error}") from error
 

@@ -2,39 +2,75 @@
 
     our parameter, flat:   model.layers.3.mlp.experts.gate_up_proj [E, 2F, D]
     released tensors:      | 0.gate_proj | 0.up_proj | 1.gate_proj | 1.up_proj | ...   [F, D] each, end to end
-    every other parameter is one released tensor of the same shape
+    every other parameter is one released tensor of the same name and shape
 
 Laid end to end, the released tensors of a parameter are its flat memory, so a flat range of ours is a run of
-contiguous pieces of theirs: checkpoints address both ways with integers and copy nothing. Released names begin with
-`thinker.`.
+contiguous pieces of theirs: checkpoints and conversions address both ways with integers and copy nothing.
+
+Released names begin with `thinker.`, `talker.` or `code2wav.`. Names of a Thinker by itself may leave out `thinker.`;
+of a Talker or a waveform decoder by itself the caller gives the prefix. Other layouts that are met in files hold the
+same tensors; `LAYOUTS` is all that tells them from the released one.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from models.config import AudioConfig, ConfigError, TextConfig, ThinkerConfig
+from models.config import ConfigError
+from models.hf_config import from_released_config as from_released_config
+from models.hf_config import to_released_config as to_released_config
 
-PREFIX = "thinker."
+COMPONENTS = ("thinker.", "talker.", "code2wav.")
+# Our fused parameter of all experts -> the released tensors of each expert, in the order of its memory.
 FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
-NOT_HERE = "thinker.visual."  # part of the released Thinker that this model does not have yet
+# Names in files -> released names, by layout. The fused experts, in every layout but the released one, are our own.
+LAYOUTS: tuple[tuple[str, str], ...] = (
+    (r"thinker\.model\.(audio_tower|visual)\.(.+)", r"thinker.\1.\2"),  # transformers 5.23 in memory
+    (r"thinker\.model\.language_model\.(.+)", r"thinker.model.\1"),
+    # transformers 5.2 to 5.7 in memory: the released names, fused experts
+)
+_EXPERTS = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)")
+_EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
 Shape = tuple[int, ...]
+
+
+def full_name(name: str) -> str:
+    """A parameter's name in the whole model; without a component it is the Thinker's."""
+    return name if name.startswith(COMPONENTS) else COMPONENTS[0] + name
+
+
+def released_name(name: str) -> str:
+    """The released name of a tensor found in a file, fused experts apart (see `released_tensors`)."""
+    for pattern, meant in LAYOUTS:
+        if match := re.fullmatch(pattern, name):
+            return match.expand(meant)
+    return name
+
+
+def fused_name(released: str) -> tuple[str, int, int] | None:
+    """Inverse of `released_tensors`: our parameter of all experts, the expert, which of its tensors. Or None."""
+    match = _EXPERT.fullmatch(released)
+    if match is None:
+        return None
+    whole, parts = next((whole, parts) for whole, parts in FUSED.items() if match[3] in parts)
+    return f"{match[1]}.{whole}", int(match[2]), parts.index(match[3])
 
 
 def released_tensors(name: str, shape: Shape) -> list[tuple[str, Shape]]:
     """Names and shapes of the released tensors that make up our parameter `name`, in the order of its memory."""
-    fused = re.fullmatch(r"(.*\.mlp\.experts)\.(\w+)", name)
+    name = full_name(name)
+    fused = _EXPERTS.fullmatch(name)
     if fused is None:
-        return [(PREFIX + name, tuple(shape))]
+        return [(name, tuple(shape))]
     stem, parts = fused[1], FUSED[fused[2]]
+    if len(shape) != 3 or shape[1] % len(parts):
+        raise ConfigError(f"{name} has shape {list(shape)}; fused experts are [experts, {len(parts)} x rows, columns]")
     part_shape = shape[1] // len(parts), shape[2]
-    return [(f"{PREFIX}{stem}.{e}.{part}.weight", part_shape) for e in range(shape[0]) for part in parts]
+    return [(f"{stem}.{e}.{part}.weight", part_shape) for e in range(shape[0]) for part in parts]
 
 
 def released_pieces(name: str, shape: Shape, start: int, length: int) -> list[tuple[str, Shape, int, int, int]]:
@@ -51,74 +87,51 @@ def released_pieces(name: str, shape: Shape, start: int, length: int) -> list[tu
     return pieces
 
 
-def released_shapes(thinker: nn.Module) -> dict[str, Shape]:
-    """Every released tensor that `thinker`'s parameters make up: name -> shape."""
+def released_shapes(module: nn.Module, prefix: str = "") -> dict[str, Shape]:
+    """Every released tensor that the parameters of `module`, which is `prefix` in the model, make up: name -> shape."""
     return {
         released: released_shape
-        for name, parameter in thinker.named_parameters()
+        for name, parameter in module.named_parameters(prefix.rstrip("."))
         for released, released_shape in released_tensors(name, tuple(parameter.shape))
     }
 
 
-def released_state(thinker: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def released_state(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
     """The weights as (released name, tensor); the tensors are views of the parameters."""
-    for name, parameter in thinker.named_parameters():
+    for name, parameter in module.named_parameters(prefix.rstrip(".")):
         flat = parameter.detach().reshape(-1)
         for released, shape, _, offset, length in released_pieces(name, tuple(parameter.shape), 0, len(flat)):
             yield released, flat[offset : offset + length].view(shape)
 
 
 @torch.no_grad()
-def load_released(thinker: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copy weights under released names into `thinker`, casting to its dtypes. Tensors of other towers are left alone.
+def load_released(module: nn.Module, tensors: Mapping[str, Tensor], prefix: str = "") -> None:
+    """Copy weights under released names into `module`, casting to its dtypes. Tensors of other parts are left alone.
 
-    Raises ConfigError, before anything is written, where a tensor is missing, of another shape, or one of the
-    Thinker that this model has no place for: it is then a checkpoint of another model.
+    Raises ConfigError, before anything is written, where a tensor is missing, of another shape, or one of the same
+    part of the model that this module has no place for: it is then a checkpoint of another model.
     """
-    wanted = released_shapes(thinker)
-    ours = [name for name in tensors if name.startswith(PREFIX) and not name.startswith(NOT_HERE)]
-    if missing := sorted(wanted.keys() - set(ours)):
-        raise ConfigError(f"the weights lack {missing[0]} and {len(missing) - 1} more that this model has")
-    if unknown := sorted(set(ours) - wanted.keys()):
-        raise ConfigError(f"the weights hold {unknown[0]} and {len(unknown) - 1} more that this model has not")
+    wanted = released_shapes(module, prefix)
+    check_names(tensors, wanted)
     for name, shape in wanted.items():
         if (found := tuple(tensors[name].shape)) != shape:
             raise ConfigError(f"the weights hold {name} with shape {found}, but this model needs {shape}")
-    for name, place in released_state(thinker):
+    for name, place in released_state(module, prefix):
         place.copy_(tensors[name])
 
 
-def from_released_config(config: Mapping[str, Any]) -> ThinkerConfig:
-    """The Thinker's shapes from a released config.json, of the whole model or of the Thinker alone."""
-    thinker = config.get("thinker_config", config)
-    try:
-        text, audio = dict(thinker["text_config"]), thinker["audio_config"]
-        rope = text.get("rope_parameters") or {"rope_theta": text.get("rope_theta"), **(text.get("rope_scaling") or {})}
-        text |= {"rope_theta": rope["rope_theta"], "mrope_section": tuple(rope["mrope_section"])}
-        return ThinkerConfig(
-            TextConfig(**{key: text[key] for key in TextConfig.__dataclass_fields__}),
-            AudioConfig(**{key: audio[key] for key in AudioConfig.__dataclass_fields__}),
-            thinker["audio_token_id"],
-        )
-    except KeyError as error:
-        raise ConfigError(f"config.json lacks the key {error} of a Qwen3-Omni Thinker") from error
+def check_names(found: Iterable[str], wanted: Iterable[str], source: str = "the weights") -> None:
+    """Raise ConfigError for a released name that is missing or has no place here, among the components of `wanted`.
 
-
-def to_released_config(config: ThinkerConfig) -> dict[str, Any]:
-    """config.json for transformers' Qwen3OmniMoeThinkerForConditionalGeneration to go with `released_state`.
-
-    Its class always builds an image encoder; the smallest one stands in, with random weights, until there is one here.
+    A vision encoder that the model lacks is no error: transformers' Thinker always has one.
     """
-    text, audio = asdict(config.text), asdict(config.audio)
-    theta, section = text.pop("rope_theta"), list(text.pop("mrope_section"))
-    rope = {"rope_type": "default", "rope_theta": theta, "mrope_section": section, "mrope_interleaved": True}
-    vision = {"depth": 1, "hidden_size": 8, "num_heads": 1, "intermediate_size": 8, "deepstack_visual_indexes": [0]}
-    return {
-        "architectures": ["Qwen3OmniMoeThinkerForConditionalGeneration"],
-        "model_type": "qwen3_omni_moe_thinker",
-        "text_config": {**text, "norm_topk_prob": True, "rope_parameters": rope},
-        "audio_config": audio,
-        "vision_config": {**vision, "out_hidden_size": config.text.hidden_size},
-        "audio_token_id": config.audio_token_id,
-        "vision_start_token_id": 151652,  # transformers reads it and its class default lacks it
+    wanted = set(wanted)
+    components = tuple({name.split(".")[0] + "." for name in wanted})
+    visual = any(name.startswith("thinker.visual.") for name in wanted)
+    ours = {
+        name for name in found if name.startswith(components) and (visual or not name.startswith("thinker.visual."))
     }
+    if missing := sorted(wanted - ours):
+        raise ConfigError(f"{source} lack {missing[0]} and {len(missing) - 1} more that this model has")
+    if unknown := sorted(ours - wanted):
+        raise ConfigError(f"{source} hold {unknown[0]} and {len(unknown) - 1} more that this model has not")

@@ -60,7 +60,7 @@ def randomize(model: torch.nn.Module, seed: int) -> None:
         elif "embedding" in name:
             parameter.normal_(0.0, 1.0, generator=generator)
         else:
-            gain = 1.5 if "q_proj" in name or "k_proj" in name else 0.3 if "conv2" in name else 0.7
+            gain = 1.0 if "q_proj" in name or "k_proj" in name else 0.3 if "conv2" in name else 0.7
             parameter.normal_(0.0, gain * parameter[0].numel() ** -0.5, generator=generator)
 
 
@@ -105,7 +105,7 @@ def test_forward_and_gradients_equal_transformers(seed):
     assert wave.shape == want.shape == (len(codes), ours.num_samples(codes.shape[2]))
     assert 0.01 < want.std() and (want.abs() < 1).float().mean() > 0.5, "the test's weights are silent or clip"
     assert relative(wave, want) < TOLERANCE
-    direction = torch.randn(wave.shape, generator=torch.Generator().manual_seed(seed))
+    direction = torch.rand(wave.shape, generator=torch.Generator().manual_seed(seed)) + 0.1
     (wave * direction).sum().backward()
     (want * direction).sum().backward()
     want_grads = {name: parameter.grad for name, parameter in theirs.named_parameters()}
@@ -119,7 +119,7 @@ def test_forward_and_gradients_equal_transformers(seed):
 
 
 def test_bf16_is_as_near_as_transformers_is():
-    """bf16 keeps 8 bits: within 5 % of fp32's wave, as transformers' own bf16 is, and of each other."""
+    """bf16 keeps 8 bits: within 2 % of fp32's wave, as transformers' own bf16 is, and of each other."""
     config = replace(TINY, hidden_size=32, num_hidden_layers=3)
     ours, theirs = twins(config, 1)
     codes = random_codes(config, 2, 40, 1)
@@ -127,8 +127,8 @@ def test_bf16_is_as_near_as_transformers_is():
         exact = ours(codes)
         wave, want = ours.bfloat16()(codes), theirs.bfloat16()(codes).squeeze(1)
     assert wave.dtype is torch.bfloat16
-    assert relative(wave.float(), want.float()) < 0.05
-    assert relative(wave.float(), exact) < 0.05
+    assert relative(wave.float(), want.float()) < 0.02
+    assert relative(wave.float(), exact) < 0.02
     assert relative(wave.float(), exact) < 1.5 * relative(want.float(), exact)
 
 

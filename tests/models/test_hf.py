@@ -9,17 +9,22 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.config import ConfigError, ThinkerConfig
+from models.config import ConfigError
 from models.hf import (
-    from_released_config,
+    fused_name,
     load_released,
+    released_name,
     released_pieces,
     released_shapes,
     released_state,
-    to_released_config,
+    released_tensors,
 )
+from models.hf_config import omni_to_released, to_released_config
+from models.init import init_weights
+from models.omni import Omni
 from models.thinker import Thinker
 from tests.models import helpers as h
+from tests.models.test_hf_config import random_whole
 
 FUSED = "model.layers.0.mlp.experts.gate_up_proj", (3, 8, 5)
 
@@ -102,15 +107,52 @@ def test_transformers_loads_what_we_write(tmp_path):
     torch.testing.assert_close(ours.lm_head(ours(*arguments)[0]), out.logits[0], atol=1e-5, rtol=1e-5)
 
 
-def test_config_round_trip():
-    config = h.tiny_config()
-    written = json.loads(json.dumps(to_released_config(config)))
-    assert from_released_config(written) == config
-    assert from_released_config({"thinker_config": written}) == config
-    assert isinstance(from_released_config(written), ThinkerConfig)
-    del written["text_config"]["num_experts"]
-    with pytest.raises(ConfigError, match="lacks the key 'num_experts'"):
-        from_released_config(written)
+@pytest.mark.parametrize("seed", range(4))
+def test_every_parameter_of_every_module_has_its_released_name(seed, tmp_path):
+    """What transformers writes of the whole model is what ours is made of: names and shapes, none more, none less."""
+    modeling = pytest.importorskip("transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe")
+    from safetensors import safe_open
+    from transformers.models.qwen3_omni_moe.configuration_qwen3_omni_moe import Qwen3OmniMoeConfig
+
+    config = random_whole(seed)
+    theirs = modeling.Qwen3OmniMoeForConditionalGeneration(Qwen3OmniMoeConfig(**omni_to_released(config)))
+    theirs.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        saved = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    with torch.device("meta"):
+        ours = Omni(config)
+    assert released_shapes(ours) == saved
+    in_memory = {released_name(name): tuple(tensor.shape) for name, tensor in theirs.state_dict().items()}
+    assert in_memory == {name: tuple(parameter.shape) for name, parameter in ours.named_parameters()}
+
+
+def test_names_go_both_ways():
+    with torch.device("meta"):
+        ours = Omni(random_whole(0))
+    for name, parameter in ours.named_parameters():
+        tensors = released_tensors(name, tuple(parameter.shape))
+        if len(tensors) == 1:
+            assert tensors == [(name, tuple(parameter.shape))] and fused_name(name) is None
+        else:
+            places = [fused_name(released) for released, _ in tensors]
+            assert {place[0] for place in places} == {name} and places == sorted(places)
+
+
+def test_parts_load_by_themselves():
+    first, second = Omni(random_whole(2)), Omni(random_whole(2))
+    init_weights(first, 0)
+    init_weights(second, 1)
+    state = {name: tensor.clone() for name, tensor in released_state(first)}
+    load_released(second.talker, state, "talker.")
+    load_released(second.code2wav, state, "code2wav.")
+    assert all(torch.equal(a, b) for a, b in zip(first.talker.parameters(), second.talker.parameters(), strict=True))
+    assert not torch.equal(first.thinker.lm_head.weight, second.thinker.lm_head.weight)
+    load_released(second, state)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    del state["code2wav.code_embedding.weight"]
+    load_released(second.talker, state, "talker.")
+    with pytest.raises(ConfigError, match="lack code2wav.code_embedding.weight and 0 more"):
+        load_released(second, state)
 
 
 @pytest.mark.parametrize(

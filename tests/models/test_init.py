@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import math
+import re
+from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+from models.code2wav import Code2Wav
 from models.init import RULES, init_weights
+from models.omni import Omni
+from models.positions import text_audio_positions
+from models.talker import Talker
 from models.thinker import Thinker
 from tests.models import helpers as h
+from tests.models.test_hf_config import random_whole
 
 
 def initialised(seed, **text):
@@ -37,12 +45,94 @@ def test_every_tensor_has_the_statistics_meant():
         assert abs(p.mean()) < sampling * std, name
 
 
-def test_rules_are_all_used_and_none_overlaps():
-    import re
+def whole(seed, **scales):
+    """Wide enough for its statistics to show."""
+    config = random_whole(1)
+    text = replace(config.thinker.text, vocab_size=512, **scales)
+    talker_text = replace(config.talker.text, vocab_size=1100, **scales)
+    code2wav = replace(config.code2wav, hidden_size=64, decoder_dim=128, upsample_rates=(8, 5, 4, 3))
+    talker = replace(config.talker, text=talker_text)
+    config = replace(config, thinker=replace(config.thinker, text=text), talker=talker, code2wav=code2wav)
+    model = Omni(config)
+    for parameter in model.parameters():
+        nn.init.constant_(parameter, float("nan"))
+    init_weights(model, seed)
+    return model
 
-    names = [name for name, _ in initialised(0).named_parameters()]
+
+def test_rules_are_all_used_and_none_overlaps():
+    names = [name.removeprefix("thinker.") for name, _ in whole(0).named_parameters()]
     assert all(any(re.fullmatch(pattern, name) for name in names) for pattern, _ in RULES)
     assert all(sum(bool(re.fullmatch(pattern, name)) for pattern, _ in RULES) == 1 for name in names)
+
+
+def test_every_parameter_of_the_whole_model_is_set():
+    model = whole(3)
+    special = {"alpha": 0.0, "beta": 0.0, "gamma": 1e-6, "scale": model.config.code2wav.layer_scale_initial_scale}
+    for name, p in model.named_parameters():
+        last = name.rsplit(".", 1)[-1]
+        if last in special or last == "bias":
+            assert bool((p == torch.tensor(special.get(last, 0.0))).all()), name
+        elif "norm" in name or "ln_" in name:
+            assert bool((p == 1.0).all()), name
+        else:
+            assert bool(p.isfinite().all()) and 1e-3 < p.std() < 1.5, name
+
+
+def test_a_part_starts_the_same_alone_and_in_the_whole():
+    model = whole(4)
+    for part, module in (("thinker", Thinker), ("talker", Talker), ("code2wav", Code2Wav)):
+        alone = module(getattr(model.config, part))
+        init_weights(alone, 4)
+        found = dict(getattr(model, part).named_parameters())
+        assert all(torch.equal(p, found[name]) for name, p in alone.named_parameters())
+
+
+@pytest.mark.parametrize("initializer_range", [0.02, 0.2])
+def test_every_head_starts_at_the_loss_of_a_uniform_guess(initializer_range):
+    """ln of its vocabulary, to 5 %, whatever the decoder's initial range."""
+    model = whole(5, initializer_range=initializer_range)
+    thinker, talker = model.thinker, model.talker
+    generator = torch.Generator().manual_seed(0)
+
+    def guess(high, *size):
+        return torch.randint(20, high, size, generator=generator)
+
+    N = 400
+    positions_3T = text_audio_positions((N,))
+    inputs_ND = torch.randn(N, talker.config.text.hidden_size, generator=generator)
+    codes_GN = guess(talker.config.code_predictor.vocab_size + 20, talker.config.num_code_groups, N) - 20
+    with torch.no_grad():
+        read_ND = thinker(guess(512, N), positions_3T, (N,), torch.zeros(0, 128), ())[0]
+        spoken_ND = talker(inputs_ND, positions_3T, (N,))[0]
+        residual_NRD = talker.residual_states(spoken_ND, codes_GN)
+        heads = {"lm_head": thinker.lm_head(read_ND), "codec_head": talker.codec_head(spoken_ND)}
+        logits_NRV = talker.code_predictor.logits(residual_NRD)
+        heads |= {f"residual head {index}": logits_NV for index, logits_NV in enumerate(logits_NRV.unbind(1))}
+    assert len(heads) == 1 + talker.config.num_code_groups
+    for name, logits_NV in heads.items():
+        vocabulary = logits_NV.shape[1]
+        target_N = torch.randint(vocabulary, (N,), generator=generator)
+        assert F.cross_entropy(logits_NV, target_N).item() == pytest.approx(math.log(vocabulary), rel=0.05), name
+
+
+def test_a_fresh_voice_is_heard_and_does_not_clip():
+    model = whole(6)
+    codes = torch.randint(model.config.code2wav.codebook_size, (2, model.config.code2wav.num_quantizers, 20))
+    with torch.no_grad():
+        wave = model.code2wav(codes)
+    assert 1e-3 < wave.std() < 0.3 and (wave.abs() >= 1).float().mean() < 0.01
+
+
+def test_signal_survives_the_vision_encoder():
+    visual = whole(7).thinker.visual
+    config = visual.config
+    merge = config.spatial_merge_size
+    grids = [(1, 4 * merge, 6 * merge), (2, 2 * merge, 2 * merge)]
+    pixels_PX = torch.randn(sum(t * h * w for t, h, w in grids), config.patch_dim)
+    features_TD, deepstack = visual(pixels_PX, grids)
+    for found in (features_TD, *deepstack):
+        assert 0.05 < found.std(0).mean() < 20
 
 
 def test_an_unknown_tensor_is_an_error():

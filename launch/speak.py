@@ -1,0 +1,142 @@
+"""Ask a model about sound, pictures and video, and hear its answer.
+
+    python -m launch.speak model=FOLDER text="What is said here?" audio=question.flac out=answer.wav speaker=ethan
+
+`audio=`, `image=` and `video=` may be given several times; they come before the text in the order given. The text of
+the answer is printed as it comes, the voice is written to `out`; the last line says how long the first token and the
+first packet of sound took. A model without a Talker answers by text alone. `temperature=0` makes all choices the
+likeliest; otherwise `seed` repeats them.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import soundfile
+import torch
+from torch import Tensor
+
+from data.tokenizer import Tokenizer, load_tokenizer
+from data.types import Batch
+from launch.arguments import guarded, parse
+from launch.loading import load_model
+from launch.prompt import KINDS, Medium, conversation
+from models.generate import TextDecoding
+from models.omni import Omni
+from models.sampling import Sampling
+from models.speak import SpeakSettings, Spoken, speak
+from train.errors import RecipeError
+
+SAMPLE_RATE = 24_000
+KNOWN = {
+    "model": None,
+    "text": "",
+    "system": "",
+    "out": "answer.wav",
+    "speaker": "",
+    "max_new_tokens": "256",
+    "max_seconds": "60",
+    "temperature": "",
+    "seed": "0",
+    "dtype": "",
+    "device": "cpu",
+    "video_sound": "true",
+}
+
+
+def ask(argv: Sequence[str]) -> None:
+    """Run the command. Raises this project's errors."""
+    media = [Medium(kind, Path(path)) for kind, _, path in (word.partition("=") for word in argv) if kind in KINDS]
+    given, rest = parse([word for word in argv if word.partition("=")[0] not in KINDS], KNOWN)
+    if rest:
+        raise RecipeError(f"unknown argument {rest[0]!r}")
+    if not given["text"] and not media:
+        raise RecipeError("give text=..., audio=FILE, image=FILE or video=FILE: there is nothing to answer")
+    folder = Path(given["model"])
+    omni = load_model(folder, given["dtype"] or None, given["device"])
+    tokenizer = load_tokenizer(folder)
+    sound = _flag(given, "video_sound")
+    prompt = conversation(omni.config, tokenizer, given["text"], media, given["system"], sound).to(given["device"])
+    print(f"{len(prompt.token_ids_T)} tokens of prompt", file=sys.stderr)
+    answer(omni, tokenizer, prompt, settings_of(omni, given), Path(given["out"]), int(_number(given, "seed")))
+
+
+def settings_of(omni: Omni, given: dict[str, str]) -> SpeakSettings:
+    """Limits and sampling from the command line; without `temperature` the released model's."""
+    talker = omni.config.talker
+    speaker = given["speaker"] or (sorted(talker.speaker_id)[0] if talker is not None and talker.speaker_id else "")
+    tokens, frames = int(_number(given, "max_new_tokens")), max(1, int(_number(given, "max_seconds") * 12.5))
+    if not given["temperature"]:
+        return SpeakSettings(speaker, tokens, frames)
+    same = Sampling(_number(given, "temperature"), top_k=50)
+    return SpeakSettings(speaker, tokens, frames, text=same, first_code=same, residual_codes=same)
+
+
+def answer(
+    omni: Omni, tokenizer: Tokenizer, prompt: Batch, settings: SpeakSettings, out: Path, seed: int
+) -> tuple[str, Tensor]:
+    """Print the text as it comes, write the voice, say how long it took. Returns both."""
+    generator = torch.Generator(prompt.token_ids_T.device).manual_seed(seed)
+    began, first_token, first_packet = time.monotonic(), 0.0, 0.0
+    tokens: list[int] = []
+    waves, shown = [torch.empty(0)], ""
+    pieces = (
+        speak(omni, prompt, settings, generator=generator)
+        if omni.talker is not None
+        else _text_only(omni, prompt, settings, generator)
+    )
+    for piece in pieces:
+        now = time.monotonic() - began
+        if piece.token is not None:
+            first_token = first_token or now
+            tokens.append(piece.token)
+            text = tokenizer.decode(tokens).rstrip("\ufffd")  # half a character waits for the rest
+            print(text[len(shown) :], end="", flush=True)
+            shown = text
+        elif piece.wave_S is not None:
+            first_packet = first_packet or now
+            waves.append(piece.wave_S.float().cpu())
+    total, wave_S = time.monotonic() - began, torch.cat(waves)
+    print()
+    report = f"time to first token {first_token:.2f} s"
+    if len(wave_S):
+        soundfile.write(out, wave_S.numpy(), SAMPLE_RATE)
+        seconds = len(wave_S) / SAMPLE_RATE
+        report += f", to first packet {first_packet:.2f} s; {seconds:.1f} s of sound in {out}, made in {total:.1f} s"
+    print(report, file=sys.stderr)
+    return shown, wave_S
+
+
+def _text_only(omni: Omni, prompt: Batch, settings: SpeakSettings, generator: torch.Generator) -> Iterator[Spoken]:
+    decoding = TextDecoding(omni.thinker, prompt, settings.max_new_tokens)
+    for _ in range(settings.max_new_tokens):
+        ids_N = settings.text.choose(decoding.logits(), None, generator)
+        if int(ids_N) == omni.config.im_end_token_id:
+            return
+        yield Spoken(token=int(ids_N))
+        decoding.feed(ids_N)
+
+
+def _number(given: dict[str, str], key: str) -> float:
+    try:
+        return float(given[key])
+    except ValueError:
+        raise RecipeError(f"{key} must be a number, not {given[key]!r}") from None
+
+
+def _flag(given: dict[str, str], key: str) -> bool:
+    if given[key] not in ("true", "false"):
+        raise RecipeError(f"{key} must be true or false, not {given[key]!r}")
+    return given[key] == "true"
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command; its exit status."""
+    return guarded(ask, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

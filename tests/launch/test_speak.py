@@ -1,0 +1,108 @@
+"""Asking a model about real media and hearing its answer; keeping hidden states: the commands, as a user types them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from PIL import Image
+
+from data.hidden import hidden_path
+from data.shards import write_shards
+from launch import cache_hidden, speak
+from launch.loading import load_model
+from launch.prompt import Medium, conversation
+from tests.data.corpus_kit import mixed
+from tests.launch.tiny_omni import tiny_tokenizer, write_omni
+
+MEDIA = Path(__file__).resolve().parents[2] / "../shared/data/media"
+needs_media = pytest.mark.skipif(not MEDIA.is_dir(), reason="the recordings in ../shared/data/media are absent")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_omni(tmp_path_factory.mktemp("model") / "tiny")
+
+
+def run(folder, *arguments):
+    return speak.main([f"model={folder}", "max_new_tokens=5", "max_seconds=0.6", "temperature=0", *arguments])
+
+
+@needs_media
+def test_answers_a_real_recording_by_voice(folder, tmp_path, capsys):
+    out = tmp_path / "answer.wav"
+    assert run(folder, "text=what is said here?", f"audio={MEDIA / 'jfk.flac'}", f"out={out}") == 0
+    said = capsys.readouterr()
+    assert "time to first token" in said.err and "to first packet" in said.err
+    wave, rate = soundfile.read(out)
+    assert rate == 24_000 and 0.4 * rate < len(wave) <= 0.6 * rate and np.abs(wave).max() <= 1
+    again = tmp_path / "again.wav"
+    run(folder, "text=what is said here?", f"audio={MEDIA / 'jfk.flac'}", f"out={again}")
+    assert np.array_equal(soundfile.read(again)[0], wave)
+
+
+@needs_media
+def test_a_real_film_with_its_sound_reaches_the_model_whole(folder):
+    """Every second of sound and every frame has its tokens, interleaved by time."""
+    config, tokenizer = load_model(folder).config, tiny_tokenizer()
+    film = [Medium("video", MEDIA / "nasa_13013.mp4")]
+    prompt = conversation(config, tokenizer, "what?", film)
+    ids = prompt.token_ids_T
+    ((frames, rows, columns),) = prompt.grids
+    sound, seen = (
+        int((ids == token).sum()) for token in (config.thinker.audio_token_id, config.thinker.video_token_id)
+    )
+    assert seen == frames * rows * columns // 4 == len(prompt.pixels_PX) // 4
+    (mel,) = prompt.mel_lengths
+    assert sound == mel // 100 * 13 + -(-(mel % 100) // 8)
+    places = (ids == config.thinker.audio_token_id).nonzero().squeeze(1)
+    assert prompt.position_ids_3T[0, places[-1]] - prompt.position_ids_3T[0, places[0]] == sound - 1
+    assert bool((ids[places[0] : places[-1]] == config.thinker.video_token_id).any())  # interleaved
+    silent = conversation(config, tokenizer, "what?", film, video_sound=False)
+    assert len(silent.token_ids_T) == len(ids) - sound - 2 and silent.mel_lengths == ()
+
+
+def test_pictures_and_text(folder, tmp_path, capsys):
+    picture = tmp_path / "red.png"
+    Image.fromarray(np.full((70, 90, 3), (200, 30, 30), np.uint8)).save(picture)
+    out = tmp_path / "answer.wav"
+    assert run(folder, f"image={picture}", f"image={picture}", "system=be brief", "text=which?", f"out={out}") == 0
+    assert out.exists() and "tokens of prompt" in capsys.readouterr().err
+    assert run(folder, "text=hello", f"out={out}", "dtype=bf16", "temperature=1") == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give text=..., audio=FILE, image=FILE or video=FILE"),
+        (["audio=nowhere.flac"], "nowhere.flac: No such file or directory"),
+        (["image=README.md"], "README.md: image is none of"),
+        (["video=README.md"], "README.md: "),
+        (["text=hi", "speaker=bob"], "speaker 'bob' is unknown: this model has ethan"),
+        (["text=hi", "temprature=1"], "unknown argument 'temprature', did you mean 'temperature'?"),
+        (["text=hi", "temperature=warm"], "temperature must be a number, not 'warm'"),
+        (["text=hi", "dtype=fp8"], "dtype must be bf16 or fp32"),
+        (["text=hi", "device=tpu"], "device=tpu"),
+        (["text=hi", "video_sound=maybe"], "video_sound must be true or false"),
+        (["text=hi", "model=nowhere"], "nowhere/config.json: no such file"),
+    ],
+)
+def test_says_what_is_wrong(folder, arguments, message, capsys):
+    assert run(folder, *arguments) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1].startswith("error: ") and message in said[-1]
+
+
+def test_hidden_states_beside_shards(folder, tmp_path, capsys):
+    tokenizer = tiny_tokenizer()
+    write_shards(mixed(6), tmp_path, tokenizer, 6)
+    shards = tmp_path / "shard-000000.tar"
+    assert cache_hidden.main([f"model={folder}", f"shards={shards}"]) == 0
+    assert hidden_path(shards).is_file() and "6 samples, 0 left out" in capsys.readouterr().out
+    assert cache_hidden.main([f"model={folder}", f"shards={shards}"]) == 0
+    assert "has its hidden states" in capsys.readouterr().out
+    for bad, message in ((["keep=int8"], "keep=int8"), (["max_tokens=0"], "max_tokens"), (["shards=no.tar"], "no.tar")):
+        assert cache_hidden.main([f"model={folder}", f"shards={shards}", *bad]) == 2
+        assert message in capsys.readouterr().err
