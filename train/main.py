@@ -25,7 +25,7 @@ from data.loader import stream
 from data.plan import Plan, PlanSettings
 from data.prompts import PromptSet
 from data.reader import Reader
-from data.tokenizer import AUDIO_PAD, Tokenizer, load_tokenizer
+from data.tokenizer import AUDIO_PAD, IMAGE_PAD, VIDEO_PAD, Tokenizer, load_tokenizer
 from models.audio_encoder import num_audio_tokens
 from models.config import ConfigError, ThinkerConfig
 from models.flops import training_flops
@@ -123,7 +123,11 @@ def model_config(recipe: Recipe, tokenizer: Tokenizer) -> ThinkerConfig:
             f"model.text.vocab_size={text.vocab_size} is less than the tokenizer's {tokenizer.vocab_size} "
             f"({recipe.data.tokenizer}); raise it"
         )
-    return ThinkerConfig(text, recipe.model.audio, tokenizer.id(AUDIO_PAD))
+    audio, vision = recipe.model.audio, recipe.model.vision
+    if vision is None:
+        return ThinkerConfig(text, audio, tokenizer.id(AUDIO_PAD))
+    audio_id, image_id, video_id = (tokenizer.id(name) for name in (AUDIO_PAD, IMAGE_PAD, VIDEO_PAD))
+    return ThinkerConfig(text, audio, audio_id, vision, image_id, video_id)
 
 
 def open_data(recipe: Recipe, tokenizer: Tokenizer) -> tuple[Plan, Reader]:

@@ -22,7 +22,7 @@ from yaml import YAMLError
 
 from data.config import DataConfig
 from data.errors import DataError
-from models.config import AudioConfig, TextConfig
+from models.config import AudioConfig, TextConfig, VisionConfig
 from train.errors import RecipeError
 from train.typed import build, nearest, paths
 
@@ -31,10 +31,11 @@ RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes of the Thinker. The vocabulary follows the tokenizer where `text.vocab_size` is 0."""
+    """Sizes of the Thinker. Without `vision` it takes text and audio."""
 
     text: TextConfig
     audio: AudioConfig
+    vision: VisionConfig | None = None
 
 
 @dataclass(frozen=True)

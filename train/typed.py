@@ -47,6 +47,8 @@ def build(cls: type, value: Any, path: str = "") -> Any:
 def paths(cls: type, prefix: str = "") -> Iterator[tuple[str, bool]]:
     """Every dotted setting, and whether keys below it are free (a dictionary)."""
     for name, hint in typing.get_type_hints(cls).items():
+        if type(None) in typing.get_args(hint):
+            (hint,) = [kind for kind in typing.get_args(hint) if kind is not type(None)]
         yield prefix + name, typing.get_origin(hint) is dict
         if dataclasses.is_dataclass(hint):
             yield from paths(typing.cast(type, hint), f"{prefix}{name}.")

@@ -6,8 +6,14 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
 
+from data.tokenizer import IMAGE_PAD, VIDEO_PAD, train_tokenizer
+from models.config import ThinkerConfig
+from models.thinker import Thinker
 from train.errors import RecipeError
+from train.main import model_config
+from train.optim import select_trainable
 from train.recipe import Recipe, as_yaml, load_recipe, load_saved, recipe_names
 
 FILL = ["init=null", "data.shards=[a.tar]", "data.tokenizer=t"]
@@ -78,3 +84,30 @@ def test_nothing_is_instantiated_by_name(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="(?i)tag|constructor|extra"):
         load_saved(saved, [])
     assert not canary.exists()
+
+
+@pytest.mark.parametrize("name", ["stage1", "stage2"])
+def test_real_recipes_build_the_released_thinker(name: str) -> None:
+    """On the meta device, with its vision encoder, and phases whose patterns all name parameters."""
+    recipe = load_recipe([f"recipe={name}", *FILL])
+    config = ThinkerConfig(recipe.model.text, recipe.model.audio, 151675, recipe.model.vision, 151655, 151656)
+    with torch.device("meta"):
+        thinker = Thinker(config)
+    assert sum(parameter.numel() for parameter in thinker.visual.parameters()) == 538_631_408
+    assert sum(parameter.numel() for parameter in thinker.parameters()) == 31_719_205_488
+    for phase_name, phase in recipe.phases.items():
+        select_trainable(thinker, phase, phase_name)
+
+
+def test_vision_is_a_setting(tmp_path: Path) -> None:
+    sizes = "{depth: 2, hidden_size: 16, intermediate_size: 16, num_heads: 2, out_hidden_size: 128,"
+    sizes += " deepstack_visual_indexes: [0]}"
+    recipe = load_recipe(["recipe=demo", f"model.vision={sizes}", *FILL])
+    tokenizer = train_tokenizer(["a b c"], 300)
+    config = model_config(recipe, tokenizer)
+    assert config.vision is not None and config.vision.depth == 2
+    assert (config.image_token_id, config.video_token_id) == tuple(map(tokenizer.id, (IMAGE_PAD, VIDEO_PAD)))
+    with pytest.raises(RecipeError, match="unknown setting model.vision.dpth, did you mean 'depth'?"):
+        load_recipe(["recipe=demo", f"model.vision={sizes.replace('depth', 'dpth')}", *FILL])
+    with pytest.raises(RecipeError, match="out_hidden_size"):
+        load_recipe(["recipe=stage2", "model.vision.out_hidden_sise=3", *FILL])
