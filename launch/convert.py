@@ -12,13 +12,14 @@ check   counts the parameters of every part on the meta device; of a folder it a
         dtype with its configuration, by headers alone.
 import  any folder that transformers writes (models/hf.py names the layouts) into the released layout: safetensors under
         released names, config.json and the files beside it. That is what `init=` of a recipe and `export` read.
-export  from such a folder, or from a run's checkpoint, a folder for transformers: the whole model, the Thinker alone,
-        or the Talker alone, whose experts are fused because transformers fails to fuse them there.
+export  from such a folder, or from a run's checkpoint, a folder for transformers: all that is there, the Thinker alone,
+        or the Talker alone, whose experts are fused because transformers fails to fuse them there. A run's weights are
+        fp32 unless dtype=bf16 is given; its tokenizer is saved beside them.
 init    see launch/sources.py.
 
-Without `dtype` tensors have the dtype that config.json names; one that it cannot hold exactly is an error. Memory: one
-block of 16 MB and the headers, whatever the model's size. A folder appears only when it is whole. Only safetensors are
-read: pickled weights (.bin) never are.
+Without `dtype` tensors of a folder have the dtype that its config.json names; one that it cannot hold exactly is an
+error. Memory: one block of 16 MB and the headers, whatever the model's size. A folder appears only when it is whole.
+Only safetensors are read: pickled weights (.bin) never are.
 """
 
 from __future__ import annotations
@@ -47,13 +48,21 @@ from launch.released import (
     recipe_config,
 )
 from launch.sources import initial_weights, with_tokens_of
-from launch.weights import MAX_JSON_BYTES, Weight, check_lossless, fused_weights, new_folder, plain_name, write_weights
+from launch.weights import (
+    MAX_JSON_BYTES,
+    Weight,
+    check_lossless,
+    checkpoint_weights,
+    fused_weights,
+    new_folder,
+    plain_name,
+    write_weights,
+)
 from models.config import ThinkerConfig
 from models.hf import released_pieces
 from models.hf_config import TALKER, THINKER, omni_to_released, to_released_config
 from models.omni_config import OmniConfig, TalkerConfig
 from train.checkpoint import CheckpointReader, choose
-from train.engines import WEIGHT
 from train.errors import CheckpointError, RecipeError
 from train.main import model_config
 from train.recipe import load_saved
@@ -172,9 +181,9 @@ def _part(released: Released, part: str, source: Path) -> tuple[dict[str, Any], 
     config, config_json = released.config, released.config_json
     held = KINDS[type(config)][0]
     if part == "all":
-        if not isinstance(config, OmniConfig):
-            raise CheckpointError(f"{source}: holds {held}: give part={'thinker' if 'Thinker' in held else 'talker'}")
-        return config_json, released.weights
+        if isinstance(config, OmniConfig):
+            return config_json, released.weights
+        part = "thinker" if isinstance(config, ThinkerConfig) else "talker"
     wanted, architecture, kind = {
         "thinker": (ThinkerConfig, THINKER, "qwen3_omni_moe_thinker"),
         "talker": (TalkerConfig, TALKER, ""),
@@ -197,14 +206,11 @@ def _open_run(folder: Path, checkpoint: str, changes: Sequence[str]) -> tuple[Re
     manifest = choose(folder, checkpoint, wait_s=0)
     if manifest is None:
         raise CheckpointError(f"{folder}: no checkpoint yet")
-    reader = CheckpointReader(manifest, released_pieces)
-    weights = {
-        name: Weight(tuple(shape), torch.float32, str(manifest.folder), partial(reader.read_released, WEIGHT, name))
-        for name, shape in reader.names().items()
-    }
+    weights = checkpoint_weights(CheckpointReader(manifest, released_pieces))
     check_weights(weights, expected_shapes(config), f"{manifest.folder}: the weights")
     config_json = omni_to_released(config) if isinstance(config, OmniConfig) else to_released_config(config)
-    return Released(config_json, config, weights), partial(_save_tokenizer, tokenizer)
+    print(f"step {manifest.step} of {folder}")
+    return Released(config_json | {"dtype": "float32"}, config, weights), partial(_save_tokenizer, tokenizer)
 
 
 def _save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:

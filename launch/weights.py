@@ -26,7 +26,9 @@ import torch
 from torch import Tensor
 
 from models.hf import COMPONENTS, fused_name, released_name, released_tensors
+from train.checkpoint import CheckpointReader
 from train.checkpoint.format import safetensors_header
+from train.engines import WEIGHT
 from train.errors import CheckpointError
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -104,6 +106,15 @@ def fused_weights(released: Mapping[str, Weight]) -> dict[str, Weight]:
         rows, columns = parts[0, 0].shape
         out[name] = join([parts[e, p] for e in range(count) for p in range(each)], (count, each * rows, columns))
     return out
+
+
+def checkpoint_weights(reader: CheckpointReader) -> dict[str, Weight]:
+    """Every weight of a training checkpoint under its released name, fp32."""
+    source = str(reader.manifest.folder)
+    return {
+        name: Weight(tuple(shape), torch.float32, source, partial(reader.read_released, WEIGHT, name))
+        for name, shape in reader.names().items()
+    }
 
 
 def read_json(path: Path) -> dict[str, Any]:

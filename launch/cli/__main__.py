@@ -8,7 +8,7 @@ import runpy
 import sys
 from pathlib import Path
 
-COMMANDS = ("evaluate", "export", "convert", "speak", "cache_hidden", "demo", "fsdd")
+COMMANDS = ("evaluate", "convert", "speak", "cache_hidden", "demo", "fsdd")
 
 
 def main() -> int:

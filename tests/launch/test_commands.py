@@ -11,7 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from data.tokenizer import load_tokenizer
+from launch.weights import open_folder
+from models.hf import released_pieces
+from models.positions import text_audio_positions
+from models.thinker import Thinker
 from tests.run_kit import ROOT, command, finish, losses, start, write_corpus
+from train.checkpoint import CheckpointReader, candidates, verify
+from train.main import model_config
+from train.recipe import load_saved
 
 
 @pytest.fixture(scope="module")
@@ -66,28 +74,70 @@ def test_wrong_arguments_are_one_line(run: Path, arguments: list[str], message: 
     assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1
 
 
-def test_exported_weights_load_in_transformers(run: Path, tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
-    from models.hf import released_pieces
-    from train.checkpoint import CheckpointReader, candidates, verify
+def export(run: Path, to: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return launch("convert", "export", f"from={run}", f"to={to}", *arguments)
 
-    done = launch("export", f"run={run}", f"out={tmp_path}/weights", "dtype=fp32")
-    assert done.returncode == 0, done.stderr
-    again = launch("export", f"run={run}", f"out={tmp_path}/weights")
-    assert again.returncode == 2 and "exists already" in again.stderr
-    model, found = transformers.Qwen3OmniMoeThinkerForConditionalGeneration.from_pretrained(
-        tmp_path / "weights", output_loading_info=True, dtype=torch.float32
-    )
-    assert not found["unexpected_keys"] and all("visual" in name for name in found["missing_keys"])
+
+@torch.no_grad()
+def test_transformers_loads_what_a_run_exports(run: Path, tmp_path: Path) -> None:
+    """Fed the same ids it gives the logits of the run's checkpoint."""
+    transformers = pytest.importorskip("transformers")
+    recipe = load_saved(run / "recipe.yaml", [])
+    words = load_tokenizer(Path(recipe.data.tokenizer))
+    ours = Thinker(model_config(recipe, words)).eval()
     reader = CheckpointReader(verify(candidates(run)[0]), released_pieces)
-    head = reader.read("weight", "lm_head.weight", (320, 32), 0, 320 * 32)
-    assert torch.equal(model.lm_head.weight.detach().flatten(), head)
+    for name, parameter in ours.named_parameters():
+        parameter.view(-1).copy_(reader.read("weight", name, parameter.shape, 0, parameter.numel()))
+
+    done = export(run, tmp_path / "weights")
+    assert done.returncode == 0, done.stderr
+    assert f"step 4 of {run}" in done.stdout and f"written to {tmp_path}/weights, float32" in done.stdout
+    theirs, found = transformers.Qwen3OmniMoeThinkerForConditionalGeneration.from_pretrained(
+        tmp_path / "weights", output_loading_info=True
+    )
+    assert theirs.dtype == torch.float32
+    assert not found["unexpected_keys"] and all("visual" in name for name in found["missing_keys"])
+    ids = torch.tensor(words.encode("one two three four five") + [words.id("<|im_end|>")])
+    hidden_TD, _ = ours(ids, text_audio_positions([len(ids)]), (len(ids),), torch.zeros(0, 128), ())
+    logits_TV = theirs(input_ids=ids[None], attention_mask=torch.ones_like(ids[None])).logits[0]
+    torch.testing.assert_close(ours.lm_head(hidden_TD), logits_TV, atol=1e-5, rtol=1e-5)
+
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "weights")
     assert tokenizer.decode(tokenizer.encode("one two")) == "one two"
+    assert theirs.generation_config.eos_token_id == words.id("<|im_end|>") == tokenizer.eos_token_id
+
+
+def test_export_in_bfloat16_of_the_step_asked_for(run: Path, tmp_path: Path) -> None:
+    first = candidates(run)[-1]
+    done = export(run, tmp_path / "half", "part=thinker", "dtype=bf16", f"checkpoint={first}")
+    assert done.returncode == 0 and f"step 3 of {run}" in done.stdout, done.stderr
+    assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
+    reader = CheckpointReader(verify(first), released_pieces)
+    halves = open_folder(tmp_path / "half")
+    assert halves.keys() == reader.names().keys()
+    for name, half in halves.items():
+        assert half.dtype == torch.bfloat16
+        assert torch.equal(half.read(0, half.numel), reader.read_released("weight", name, 0, half.numel).bfloat16())
+    assert launch("convert", "check", f"model={tmp_path}/half").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["to=RUN"], "RUN: exists already; remove it or choose another folder"),
+        (["to=RUN/out", "part=talker"], "RUN: holds the Thinker alone, no talker"),
+        (["to=RUN/out", "checkpoint=RUN/checkpoints/step-00000099"], "step-00000099"),
+        (["to=RUN/out", "dtype=fp16"], "dtype=fp16: it is bf16 or fp32"),
+    ],
+)
+def test_an_export_that_cannot_be_is_one_line(run: Path, arguments: list[str], message: str) -> None:
+    done = launch("convert", "export", *[word.replace("RUN", str(run)) for word in ["from=RUN", *arguments]])
+    assert done.returncode == 2 and message.replace("RUN", str(run)) in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and not (run / "out").exists()
 
 
 def test_weights_of_a_run_start_another(run: Path, corpus: Path, tmp_path: Path) -> None:
-    done = launch("export", f"run={run}", f"out={tmp_path}/weights", "dtype=fp32")
+    done = export(run, tmp_path / "weights")
     assert done.returncode == 0, done.stderr
     first = []
     for number, init in enumerate((str(run), str(tmp_path / "weights"), "null")):

@@ -26,7 +26,7 @@ from models.hf import released_state
 from models.hf_config import omni_to_released
 from models.init import init_weights
 from models.omni import Omni
-from tests.run_kit import ROOT, command, finish, start, write_corpus
+from tests.run_kit import ROOT
 from train.checkpoint.format import safetensors_header
 from train.errors import CheckpointError
 
@@ -143,7 +143,10 @@ def test_every_layout_of_transformers_becomes_the_released_one(
 
 
 def test_thinker_and_talker_alone_load_right(theirs: Any, saved: Path, tmp_path: Path) -> None:
-    """The Talker too: from keys of single experts transformers would draw its experts anew."""
+    """The Talker too: from keys of single experts transformers would draw its experts anew.
+
+    Of a folder that holds one part alone, all is that part.
+    """
     whole = theirs.state_dict()
     for part, kind in (("thinker", "Thinker"), ("talker", "Talker")):
         main(["export", f"from={saved}", f"to={tmp_path}/{part}", f"part={part}"])
@@ -153,6 +156,11 @@ def test_thinker_and_talker_alone_load_right(theirs: Any, saved: Path, tmp_path:
         main(["import", f"from={tmp_path}/{part}", f"to={tmp_path}/{part}-back"])
         released = {name: tensor for name, tensor in tensors(saved).items() if name.startswith(part)}
         assert same(tensors(tmp_path / f"{part}-back"), released)
+        main(["export", f"from={tmp_path}/{part}-back", f"to={tmp_path}/{part}-again"])
+        assert same(tensors(tmp_path / f"{part}-again"), tensors(tmp_path / part))
+        other = {"thinker": "talker", "talker": "thinker"}[part]
+        with pytest.raises(CheckpointError, match=f"holds the {kind} alone, no {other}"):
+            main(["export", f"from={tmp_path}/{part}", f"to={tmp_path}/none", f"part={other}"])
 
 
 def test_bfloat16_only_when_asked(saved: Path, tmp_path: Path) -> None:
@@ -348,22 +356,6 @@ def test_a_full_disk_is_seen_before_writing(saved: Path, tmp_path: Path, monkeyp
     with pytest.raises(CheckpointError, match="bytes are to be written, and 1000 are free"):
         main(["export", f"from={saved}", f"to={tmp_path}/out"])
     assert not list(tmp_path.iterdir())
-
-
-def test_a_run_exports_its_thinker(tmp_path: Path) -> None:
-    corpus = write_corpus(tmp_path / "corpus")
-    finish(start(command(corpus, tmp_path / "run", "max_steps=2")))
-    main(["export", f"from={tmp_path}/run", f"to={tmp_path}/out", "part=thinker"])
-    model, info = modeling.Qwen3OmniMoeThinkerForConditionalGeneration.from_pretrained(
-        tmp_path / "out", output_loading_info=True
-    )
-    assert not info["unexpected_keys"] and all("visual" in name for name in info["missing_keys"])
-    assert model.dtype == torch.float32 and (tmp_path / "out" / "tokenizer.json").is_file()
-    main(["check", f"model={tmp_path}/out"])
-    with pytest.raises(CheckpointError, match="holds the Thinker alone: give part=thinker"):
-        main(["export", f"from={tmp_path}/run", f"to={tmp_path}/whole"])
-    with pytest.raises(CheckpointError, match="holds the Thinker alone, no talker"):
-        main(["export", f"from={tmp_path}/run", f"to={tmp_path}/whole", "part=talker"])
 
 
 PEAK = """

@@ -2,7 +2,7 @@
 
     engine.fragments() -> saver.Saver --shared memory, one line--> writer (a process) -> step-00001234/
     step-00001234/ -> resume.choose -> reader.CheckpointReader -> engine.restore()
-                                    -> export.export_weights   -> weights/ -> reader.WeightsReader
+    safetensors under released names -> reader.WeightsReader   -> engine.restore()
 
 Blocked per save: one copy of the rank's fp32 fragments. Memory: that copy, allocated once. No collectives.
 Names are imported on first use, so that the writer process, which imports this package too, starts without torch.
@@ -14,14 +14,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from train.checkpoint.export import export_weights
     from train.checkpoint.format import Manifest, ReleasedPieces, identity_pieces
     from train.checkpoint.reader import CheckpointReader, WeightsReader, open_weights
     from train.checkpoint.resume import candidates, choose, verify
     from train.checkpoint.saver import Saver
 
 _MODULE_OF = {
-    "export_weights": "export",
     "Manifest": "format",
     "ReleasedPieces": "format",
     "identity_pieces": "format",
@@ -42,7 +40,6 @@ __all__ = [
     "WeightsReader",
     "candidates",
     "choose",
-    "export_weights",
     "identity_pieces",
     "open_weights",
     "verify",

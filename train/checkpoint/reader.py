@@ -15,7 +15,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,18 +29,6 @@ from train.errors import CheckpointError
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 MAX_INDEX_BYTES = 64 << 20
 _WEIGHT_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}\.safetensors")
-
-
-class ReleasedTensors(Protocol):
-    """What can be read flat range by flat range, by released names."""
-
-    def names(self) -> Mapping[str, tuple[int, ...]]:
-        """Released name -> shape of every weight."""
-        ...
-
-    def read_released(self, kind: str, name: str, start: int, length: int) -> Tensor:
-        """Elements [start, start + length) of the flattened tensor, fp32."""
-        ...
 
 
 class CheckpointReader:
