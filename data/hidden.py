@@ -107,6 +107,7 @@ class HiddenShard:
         again = "make them with: python -m launch.cache_hidden"
         if not path.exists():
             raise DataError(f"{index.tar}: has no hidden states of the Thinker; {again}")
+        again = "delete it and make it again with: python -m launch.cache_hidden"
         try:
             self._file = safetensors.safe_open(path, "pt")
             about = json.loads((self._file.metadata() or {}).get("omniloom", "{}"))
@@ -118,6 +119,9 @@ class HiddenShard:
         if different := [name for name in wanted if about.get(name) != wanted[name]]:
             name = different[0]
             raise DataError(f"{path}: made with {name} {about.get(name)}, needed is {wanted[name]}; {again}")
+        bounds, rows = self._offsets, self._hidden.get_shape()[0]
+        if len(bounds) != index.num_samples + 1 or bounds[0] or bounds[-1] != rows or sorted(bounds) != bounds:
+            raise DataError(f"{path}: damaged (its offsets make no sense); {again}")
 
     def states(self, row: int) -> Tensor:
         """Of the sample in `row` of the index, [M, H] in the dtype of the file."""

@@ -37,7 +37,8 @@ def load_model(folder: Path, dtype: str | None = None, device: str = "cpu") -> O
         raise CheckpointError(f"{folder}: holds a Talker alone, which has nothing to speak without a Thinker")
     if dtype is not None and dtype not in DTYPES:
         raise RecipeError(f"dtype must be {' or '.join(DTYPES)}, not {dtype!r}")
-    if device.split(":")[0] not in ("cpu", "cuda") or (device.startswith("cuda") and not torch.cuda.is_available()):
+    known = ["cpu", "cuda", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    if device not in (known if torch.cuda.is_available() else known[:1]):
         raise RecipeError(f"device={device}: it is cpu, or cuda where a GPU is at hand")
     with torch.device("meta"):
         omni = Omni(config)

@@ -19,7 +19,8 @@ import soundfile
 import torch
 from torch import Tensor
 
-from data.tokenizer import Tokenizer, load_tokenizer
+from data.errors import DataError
+from data.tokenizer import IM_END, Tokenizer, load_tokenizer
 from data.types import Batch
 from launch.arguments import guarded, parse
 from launch.loading import load_model
@@ -30,7 +31,8 @@ from models.sampling import Sampling
 from models.speak import SpeakSettings, Spoken, speak
 from train.errors import RecipeError
 
-SAMPLE_RATE = 24_000
+SAMPLE_RATE, FRAME_RATE = 24_000, 12.5
+MOST = 65_536  # tokens, and frames: caches are made for the limit
 KNOWN = {
     "model": None,
     "text": "",
@@ -55,23 +57,27 @@ def ask(argv: Sequence[str]) -> None:
         raise RecipeError(f"unknown argument {rest[0]!r}")
     if not given["text"] and not media:
         raise RecipeError("give text=..., audio=FILE, image=FILE or video=FILE: there is nothing to answer")
-    folder = Path(given["model"])
+    if any("\ud800" <= letter <= "\udfff" for letter in given["text"] + given["system"]):
+        raise RecipeError("text= and system= must be UTF-8")
+    out, seed, folder = _wav(given["out"]), _whole(given, "seed", 0, 2**63 - 1), Path(given["model"])
     omni = load_model(folder, given["dtype"] or None, given["device"])
     tokenizer = load_tokenizer(folder)
     sound = _flag(given, "video_sound")
     prompt = conversation(omni.config, tokenizer, given["text"], media, given["system"], sound).to(given["device"])
     print(f"{len(prompt.token_ids_T)} tokens of prompt", file=sys.stderr)
-    answer(omni, tokenizer, prompt, settings_of(omni, given), Path(given["out"]), int(_number(given, "seed")))
+    answer(omni, tokenizer, prompt, settings_of(omni, given), out, seed)
 
 
 def settings_of(omni: Omni, given: dict[str, str]) -> SpeakSettings:
     """Limits and sampling from the command line; without `temperature` the released model's."""
     talker = omni.config.talker
-    speaker = given["speaker"] or (sorted(talker.speaker_id)[0] if talker is not None and talker.speaker_id else "")
-    tokens, frames = int(_number(given, "max_new_tokens")), max(1, int(_number(given, "max_seconds") * 12.5))
+    known = sorted(talker.speaker_id) if talker is not None else []
+    speaker = given["speaker"].lower() or ("ethan" if "ethan" in known or not known else known[0])
+    tokens = _whole(given, "max_new_tokens", 1, MOST)
+    frames = int(_number(given, "max_seconds", 0.08, MOST / FRAME_RATE) * FRAME_RATE + 1e-6)
     if not given["temperature"]:
         return SpeakSettings(speaker, tokens, frames)
-    same = Sampling(_number(given, "temperature"), top_k=50)
+    same = Sampling(_number(given, "temperature", 0, 100), top_k=50)
     return SpeakSettings(speaker, tokens, frames, text=same, first_code=same, residual_codes=same)
 
 
@@ -83,11 +89,10 @@ def answer(
     began, first_token, first_packet = time.monotonic(), 0.0, 0.0
     tokens: list[int] = []
     waves, shown = [torch.empty(0)], ""
-    pieces = (
-        speak(omni, prompt, settings, generator=generator)
-        if omni.talker is not None
-        else _text_only(omni, prompt, settings, generator)
-    )
+    if omni.talker is not None:
+        pieces = speak(omni, prompt, settings, generator=generator)
+    else:
+        pieces = _text_only(omni, prompt, settings, generator, tokenizer.id(IM_END))
     for piece in pieces:
         now = time.monotonic() - began
         if piece.token is not None:
@@ -101,30 +106,60 @@ def answer(
             waves.append(piece.wave_S.float().cpu())
     total, wave_S = time.monotonic() - began, torch.cat(waves)
     print()
-    report = f"time to first token {first_token:.2f} s"
+    report = f"time to first token {first_token:.2f} s" if tokens else "no answer"
     if len(wave_S):
-        soundfile.write(out, wave_S.numpy(), SAMPLE_RATE)
+        try:
+            soundfile.write(out, wave_S.numpy(), SAMPLE_RATE)
+        except (OSError, soundfile.LibsndfileError) as error:
+            raise DataError(f"out={out}: cannot be written: {error}") from None
         seconds = len(wave_S) / SAMPLE_RATE
         report += f", to first packet {first_packet:.2f} s; {seconds:.1f} s of sound in {out}, made in {total:.1f} s"
+    elif omni.code2wav is not None:
+        report += f"; no sound, {out} was not written"
     print(report, file=sys.stderr)
     return shown, wave_S
 
 
-def _text_only(omni: Omni, prompt: Batch, settings: SpeakSettings, generator: torch.Generator) -> Iterator[Spoken]:
+def _text_only(
+    omni: Omni, prompt: Batch, settings: SpeakSettings, generator: torch.Generator, stop_id: int
+) -> Iterator[Spoken]:
     decoding = TextDecoding(omni.thinker, prompt, settings.max_new_tokens)
     for _ in range(settings.max_new_tokens):
         ids_N = settings.text.choose(decoding.logits(), None, generator)
-        if int(ids_N) == omni.config.im_end_token_id:
+        if int(ids_N) == stop_id:
             return
         yield Spoken(token=int(ids_N))
         decoding.feed(ids_N)
 
 
-def _number(given: dict[str, str], key: str) -> float:
+def _number(given: dict[str, str], key: str, least: float, most: float) -> float:
     try:
-        return float(given[key])
+        value = float(given[key])
     except ValueError:
         raise RecipeError(f"{key} must be a number, not {given[key]!r}") from None
+    if not least <= value <= most:  # no NaN either
+        raise RecipeError(f"{key} must be from {least:g} to {most:g}, not {given[key]}")
+    return value
+
+
+def _whole(given: dict[str, str], key: str, least: int, most: int) -> int:
+    try:
+        value = int(given[key])
+    except ValueError:
+        raise RecipeError(f"{key} must be a whole number, not {given[key]!r}") from None
+    if not least <= value <= most:
+        raise RecipeError(f"{key} must be from {least} to {most}, not {value}")
+    return value
+
+
+def _wav(text: str) -> Path:
+    """Where the voice goes; said before the model is loaded, not after the answer."""
+    out = Path(text)
+    if out.suffix.lower() not in (".wav", ".flac"):
+        raise RecipeError(f"out={text}: it ends in .wav or .flac")
+    if not out.parent.is_dir() or out.is_dir():
+        raise RecipeError(f"out={text}: its folder does not exist, or it is one")
+    return out
 
 
 def _flag(given: dict[str, str], key: str) -> bool:

@@ -44,6 +44,7 @@ class Sampling:
             logits_NV = torch.where(seen_NV, punished_NV, logits_NV)
         if self.temperature == 0:
             return logits_NV.argmax(-1)
+        logits_NV = logits_NV - logits_NV.amax(-1, keepdim=True)  # or the smallest temperatures would overflow
         probs_NV = kept(logits_NV / self.temperature, self.top_k, self.top_p).softmax(-1)
         return torch.multinomial(probs_NV, 1, generator=generator).squeeze(1)
 

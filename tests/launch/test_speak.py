@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
+import torch
 from PIL import Image
 
 from data.hidden import hidden_path
 from data.shards import write_shards
-from launch import cache_hidden, speak
+from launch import cache_hidden, convert, speak
 from launch.loading import load_model
 from launch.prompt import Medium, conversation
+from models.generate import TextDecoding
+from models.speak import SpeakSettings
 from tests.data.corpus_kit import mixed
 from tests.launch.tiny_omni import tiny_tokenizer, write_omni
 
@@ -64,6 +68,30 @@ def test_a_real_film_with_its_sound_reaches_the_model_whole(folder):
     assert len(silent.token_ids_T) == len(ids) - sound - 2 and silent.mel_lengths == ()
 
 
+@needs_media
+def test_a_real_film_goes_through_the_model(folder):
+    """Two thousand tokens of picture and sound: finite hidden states, and every stretch of the film matters."""
+    omni = load_model(folder)
+    prompt = conversation(omni.config, tiny_tokenizer(), "what?", [Medium("video", MEDIA / "nasa_13013.mp4")])
+    first = TextDecoding(omni.thinker, prompt, 1).logits()
+    assert first.isfinite().sum() == first.numel() - 3  # placeholders are never said
+    for change in ({"pixels_PX": prompt.pixels_PX.flip(0)}, {"mel_FM": prompt.mel_FM.flip(0)}):
+        assert not torch.equal(TextDecoding(omni.thinker, replace(prompt, **change), 1).logits(), first)
+
+
+def test_a_thinker_alone_answers_by_text(folder, tmp_path, capsys):
+    """And ends where its tokenizer says, not at the released model's id."""
+    assert convert.main(["export", f"from={folder}", f"to={tmp_path}/thinker", "part=thinker"]) in (0, None)
+    omni = load_model(tmp_path / "thinker")
+    assert omni.talker is None
+    tokenizer = tiny_tokenizer()
+    prompt = conversation(omni.config, tokenizer, "hello")
+    omni.thinker.lm_head.weight[tokenizer.id("<|im_end|>")] = 100 * TextDecoding(omni.thinker, prompt, 1).hidden_ND[0]
+    said, wave = speak.answer(omni, tokenizer, prompt, SpeakSettings("", 9, 9), tmp_path / "a.wav", 0)
+    assert said == "" and not len(wave) and "no answer" in capsys.readouterr().err
+    assert run(tmp_path / "thinker", "text=hello", f"out={tmp_path}/a.wav") == 0
+
+
 def test_pictures_and_text(folder, tmp_path, capsys):
     picture = tmp_path / "red.png"
     Image.fromarray(np.full((70, 90, 3), (200, 30, 30), np.uint8)).save(picture)
@@ -83,6 +111,16 @@ def test_pictures_and_text(folder, tmp_path, capsys):
         (["text=hi", "speaker=bob"], "speaker 'bob' is unknown: this model has ethan"),
         (["text=hi", "temprature=1"], "unknown argument 'temprature', did you mean 'temperature'?"),
         (["text=hi", "temperature=warm"], "temperature must be a number, not 'warm'"),
+        (["text=hi", "temperature=nan"], "temperature must be from 0 to 100, not nan"),
+        (["text=hi", "max_seconds=inf"], "max_seconds must be from 0.08 to"),
+        (["text=hi", "max_seconds=-5"], "max_seconds must be from 0.08 to"),
+        (["text=hi", "max_new_tokens=1e15"], "max_new_tokens must be a whole number"),
+        (["text=hi", "max_new_tokens=0"], "max_new_tokens must be from 1 to"),
+        (["text=hi", "seed=1.7"], "seed must be a whole number, not '1.7'"),
+        (["text=hi", "device=cpu:x"], "device=cpu:x"),
+        (["text=hi", "out=nowhere/a.wav"], "out=nowhere/a.wav: its folder does not exist"),
+        (["text=hi", "out=a.xyz"], "out=a.xyz: it ends in .wav or .flac"),
+        (["text=h\udcff"], "text= and system= must be UTF-8"),
         (["text=hi", "dtype=fp8"], "dtype must be bf16 or fp32"),
         (["text=hi", "device=tpu"], "device=tpu"),
         (["text=hi", "video_sound=maybe"], "video_sound must be true or false"),

@@ -38,6 +38,11 @@ def test_draws_follow_the_probabilities():
     assert torch.equal(drawn_N, Sampling(1.0, 3, 0.9).choose(logits_NV, generator=torch.Generator().manual_seed(0)))
 
 
+def test_the_smallest_temperature_is_nearly_greedy():
+    logits_NV = torch.randn(7, 30, generator=torch.Generator().manual_seed(1)) * 50
+    assert torch.equal(Sampling(temperature=1e-30).choose(logits_NV), logits_NV.argmax(-1))
+
+
 def test_temperature_zero_is_greedy():
     logits_NV = torch.randn(7, 30, generator=torch.Generator().manual_seed(1))
     assert torch.equal(Sampling(top_k=5, top_p=0.3).choose(logits_NV), logits_NV.argmax(-1))

@@ -95,6 +95,17 @@ def test_refuses_states_of_another_model_layer_or_shard(made):
         cached(omni, corpus)
 
 
+def test_offsets_that_make_no_sense_are_damage(made):
+    omni, corpus, reader = made
+    cache_hidden(omni, corpus, reader, "weights-1", tell=lambda _: None)
+    path = hidden_path(corpus.paths[0])
+    payload = bytearray(path.read_bytes())
+    payload[4096 + 16 : 4096 + 24] = (10**9).to_bytes(8, "little")
+    path.write_bytes(payload)
+    with pytest.raises(DataError, match="damaged .its offsets make no sense.; delete it"):
+        cached(omni, corpus)
+
+
 def test_nothing_is_left_where_writing_fails(made):
     omni, corpus, _ = made
     index = corpus.index(0)
