@@ -128,4 +128,4 @@ def _load(folder: Path) -> Any:
     model, info = loaded
     if lacking := sorted(info["missing_keys"]):
         raise DataError(f"{folder}/model.safetensors lacks {lacking[0]} and {len(lacking) - 1} more tensors of Mimi")
-    return model.eval().requires_grad_(False)
+    return model.train(False).requires_grad_(False)
