@@ -14,10 +14,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from data.errors import BadSample
-from data.tokenizer import AUDIO_END, AUDIO_PAD, AUDIO_START, IM_END, IM_START, Tokenizer
+from data.tokenizer import AUDIO_END, AUDIO_PAD, AUDIO_START, IM_END, IM_START, ROLES, Tokenizer
 
 IGNORE = -100
-ROLES = ("system", "user", "assistant")
 Messages = Sequence[Mapping[str, Any]]
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 
 from data.errors import DataError
 
@@ -25,6 +25,7 @@ VISION = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", IMAGE_PAD, VID
 TTS = ("<tts_pad>", "<tts_text_bos>", "<tts_text_eod>", "<tts_text_bos_single>")
 REQUIRED_TOKENS = (ENDOFTEXT, IM_START, IM_END, AUDIO_START, AUDIO_END, AUDIO_PAD)
 CONTROL_TOKENS = (ENDOFTEXT, IM_START, IM_END, *VISION, AUDIO_START, AUDIO_END, *TTS, AUDIO_PAD)
+ROLES = ("system", "user", "assistant")
 TEMPLATE_VERSION = 1  # raise whenever data.chat turns the same messages into other tokens
 
 # How Qwen cuts text before BPE: contractions, words, single digits, punctuation, line ends, spaces.
@@ -129,12 +130,12 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Byte-level BPE trained on `texts`; the same texts in the same order give the same tokenizer.
 
-    `vocab_size` includes the 256 bytes and the control tokens, and is not reached where the texts have no
-    more to merge.
+    `vocab_size` includes the 256 bytes, the roles and the control tokens, and is not reached where the texts have
+    no more to merge. Each role is one token whatever the texts are, as the Talker's plan needs.
     """
-    least = 256 + len(CONTROL_TOKENS)
+    least = 256 + len(ROLES) + len(CONTROL_TOKENS)
     if vocab_size < least:
-        raise DataError(f"vocab_size {vocab_size} is below {least} (256 bytes, the control tokens)")
+        raise DataError(f"vocab_size {vocab_size} is below {least} (256 bytes, the roles, the control tokens)")
     backend = tokenizers.Tokenizer(models.BPE())
     backend.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(tokenizers.Regex(_SPLIT), behavior="isolated")
@@ -147,5 +148,27 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
+    backend = _with_roles(backend, vocab_size - len(CONTROL_TOKENS))
     backend.add_special_tokens(list(CONTROL_TOKENS))  # after the text, as Qwen numbers them
     return Tokenizer(json.loads(backend.to_str()), "trained tokenizer")
+
+
+def _with_roles(backend: tokenizers.Tokenizer, size: int) -> tokenizers.Tokenizer:
+    """Add the roles that the texts did not teach; where `size` is reached, in the place of the last merges."""
+    while True:
+        missing = [role for role in ROLES if len(backend.encode(role).ids) != 1]
+        if backend.get_vocab_size() + len(missing) <= size:
+            break
+        backend = _without_last_merge(backend)
+    backend.add_tokens([AddedToken(role, single_word=True, normalized=False) for role in missing])
+    return backend
+
+
+def _without_last_merge(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """What training with a vocabulary smaller by one gives."""
+    definition = json.loads(backend.to_str())
+    vocab, merges = definition["model"]["vocab"], definition["model"]["merges"]
+    last = max(vocab, key=vocab.__getitem__)
+    del vocab[last]
+    definition["model"]["merges"] = [pair for pair in merges if last not in (*pair, "".join(pair))]
+    return tokenizers.Tokenizer.from_str(json.dumps(definition))

@@ -1,9 +1,12 @@
-"""KEY=VALUE arguments of the small commands, and their end: one line and exit status 2 for a user's error."""
+"""Arguments of the small commands, KEY=VALUE, their help, and their end: one line and status 2 for a user's error."""
 
 from __future__ import annotations
 
+import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from train import ranks
 from train.errors import RecipeError
@@ -32,9 +35,16 @@ def parse(argv: Sequence[str], known: Mapping[str, str | None]) -> tuple[dict[st
 
 
 def guarded(command: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
-    """Run a command; 0, or 2 after one line on what is wrong."""
+    """Run a command; 0, or 2 after one line on what is wrong. `-h` or `--help` prints the docstring of its module.
+
+    SIGTERM raises SystemExit(143) in it, so that what it has begun is cleaned up.
+    """
+    if {"-h", "--help"} & set(argv):
+        print((sys.modules[command.__module__].__doc__ or "").strip())
+        return 0
     try:
-        command(argv)
+        with _sigterm_exits():
+            command(argv)
     except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -43,3 +53,15 @@ def guarded(command: Callable[[Sequence[str]], None], argv: Sequence[str]) -> in
     finally:
         ranks.stop()
     return 0
+
+
+@contextmanager
+def _sigterm_exits() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # Python sets handlers nowhere else
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)

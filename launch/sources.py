@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.tokenizer import AUDIO_END, AUDIO_PAD, AUDIO_START, IM_END, IM_START, TTS, VISION, Tokenizer
+from data.tokenizer import AUDIO_END, AUDIO_PAD, AUDIO_START, IM_END, IM_START, ROLES, TTS, VISION, Tokenizer
 from launch.released import model_on_meta
 from launch.weights import Weight, join, open_folder, read_json, released_weights
 from models.config import ConfigError, TextConfig, VisionConfig
@@ -195,7 +195,10 @@ def audio_weights(folder: Path, config: OmniConfig, wanted: Mapping[str, Weight]
 
 
 def with_tokens_of(tokenizer: Tokenizer, config: OmniConfig) -> OmniConfig:
-    """The model with the tokenizer's ids; roles that are more than one token keep the recipe's."""
+    """The model with the tokenizer's ids. Without a Talker, roles that are more than one token keep the recipe's.
+
+    Raises ConfigError where the vocabulary is too large, or a Talker would find a head of a turn of another length.
+    """
     if config.thinker.text.vocab_size < tokenizer.vocab_size:
         raise ConfigError(
             f"the recipe's vocab_size ({config.thinker.text.vocab_size}) is less than the tokenizer's "
@@ -213,9 +216,14 @@ def with_tokens_of(tokenizer: Tokenizer, config: OmniConfig) -> OmniConfig:
         **dict(zip(("tts_pad", "tts_bos", "tts_eos"), TTS, strict=False)),
     }
     changes: dict[str, Any] = {f"{key}_token_id": tokenizer.id(name) for key, name in ids.items()}
-    for role in ("system", "user", "assistant"):
-        if len(tokens := tokenizer.encode(role)) == 1:
-            changes[f"{role}_token_id"] = tokens[0]
+    for word in (*ROLES, "\n"):
+        tokens = tokenizer.encode(word)
+        if config.talker is not None and len(tokens) != 1:
+            raise ConfigError(
+                f"the tokenizer makes {len(tokens)} tokens of {word!r}, and a Talker needs one: use another tokenizer"
+            )
+        if word in ROLES and len(tokens) == 1:
+            changes[f"{word}_token_id"] = tokens[0]
     return replace(config, thinker=replace(config.thinker, **thinker), **changes)
 
 

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -172,10 +173,20 @@ def _weight_map(index: Path) -> dict[str, str]:
     return file_of
 
 
+@contextmanager
+def _opened(path: Path) -> Iterator[FileIO]:
+    """A file to read without a buffer. Raises CheckpointError where opening or reading fails."""
+    try:
+        with open(path, "rb", buffering=0) as file:
+            yield file
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
 def _header(path: Path) -> dict[str, Weight]:
     """The tensors of one file; every number in the header is checked against the file's size."""
-    size = path.stat().st_size
-    with open(path, "rb") as file:
+    with _opened(path) as file:
+        size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, MAX_JSON_BYTES):
             raise CheckpointError(f"{path}: not a whole safetensors file: its {size} bytes cannot hold its header")
@@ -217,7 +228,7 @@ def _read_range(path: Path, offset: int, dtype: torch.dtype, start: int, length:
     """Elements [start, start + length) of the tensor whose bytes begin at `offset`."""
     out = torch.empty(length, dtype=dtype)
     view = out.view(torch.uint8).numpy().data
-    with open(path, "rb", buffering=0) as file:
+    with _opened(path) as file:
         file.seek(offset + start * dtype.itemsize)
         done = 0
         while done < len(view):

@@ -77,6 +77,7 @@ def omni_from_released(config: Mapping[str, Any]) -> OmniConfig:
         if "code2wav_config" in config:
             where, section = "code2wav_config", _section(config, "code2wav_config")
             parts["code2wav"] = _fill(Code2WavConfig, where, section, rope_theta=_rope(section, where)["rope_theta"])
+    _check_types(OmniConfig, "", ids)
     return OmniConfig(from_released_config(config), **parts, **ids)
 
 
@@ -89,11 +90,12 @@ def from_released_config(config: Mapping[str, Any]) -> ThinkerConfig:
         visual["vision"] = _fill(VisionConfig, f"{where}.vision_config", vision)
         visual |= {key: _value(thinker, key, where) for key in ("image_token_id", "video_token_id")}
     if "position_id_per_seconds" in thinker:
-        visual["position_id_per_seconds"] = int(thinker["position_id_per_seconds"])
+        visual["position_id_per_seconds"] = thinker["position_id_per_seconds"]
+    visual["audio_token_id"] = _value(thinker, "audio_token_id", where)
+    _check_types(ThinkerConfig, where, visual)
     return ThinkerConfig(
         _text(_section(thinker, "text_config"), f"{where}.text_config"),
         _fill(AudioConfig, f"{where}.audio_config", _section(thinker, "audio_config")),
-        _value(thinker, "audio_token_id", where),
         **visual,
     )
 
@@ -109,11 +111,13 @@ def talker_from_released(config: Mapping[str, Any]) -> TalkerConfig:
     ):
         if value != meant:
             raise ConfigError(f"config.json: {where}.{key} is {value!r}; this model needs {meant!r} there")
+    plain = {key: _value(talker, key, where) for key in ("thinker_hidden_size", "accept_hidden_layer", *CONTROL_IDS)}
+    plain["speaker_id"] = talker.get("speaker_id") or {}
+    _check_types(TalkerConfig, where, plain)
     return TalkerConfig(
         _text(text, f"{where}.text_config"),
         _fill(CodePredictorConfig, inner, predictor, rope_theta=_rope(predictor, inner)["rope_theta"]),
-        speaker_id=dict(talker.get("speaker_id") or {}),
-        **{key: _value(talker, key, where) for key in ("thinker_hidden_size", "accept_hidden_layer", *CONTROL_IDS)},
+        **plain,
     )
 
 
@@ -139,8 +143,13 @@ def to_released_config(config: ThinkerConfig) -> dict[str, Any]:
     }
 
 
-def talker_to_released(config: TalkerConfig, thinker: ThinkerConfig, vision_start_token_id: int) -> dict[str, Any]:
-    """config.json for transformers' Qwen3OmniMoeTalkerForConditionalGeneration, which reads a few of the Thinker's."""
+def talker_to_released(
+    config: TalkerConfig, thinker: ThinkerConfig, vision_start_token_id: int, audio_start_token_id: int
+) -> dict[str, Any]:
+    """config.json for transformers' Qwen3OmniMoeTalkerForConditionalGeneration.
+
+    The ids and rates of its positions are the Thinker's and the whole model's.
+    """
     predictor = asdict(config.code_predictor)
     rope = {"rope_type": "default", "rope_theta": predictor.pop("rope_theta")}
     plain = {key: getattr(config, key) for key in ("thinker_hidden_size", "accept_hidden_layer", *CONTROL_IDS)}
@@ -156,6 +165,7 @@ def talker_to_released(config: TalkerConfig, thinker: ThinkerConfig, vision_star
         "position_id_per_seconds": thinker.position_id_per_seconds,
         **{key: getattr(thinker, key) for key in ids if getattr(thinker, key) is not None},
         "vision_start_token_id": vision_start_token_id,
+        "audio_start_token_id": audio_start_token_id,
     }
 
 
@@ -170,7 +180,8 @@ def omni_to_released(config: OmniConfig) -> dict[str, Any]:
         **{key: getattr(config, key) for key in _TOP_IDS},
     }
     if config.talker is not None:
-        talker = talker_to_released(config.talker, config.thinker, config.vision_start_token_id)
+        starts = config.vision_start_token_id, config.audio_start_token_id
+        talker = talker_to_released(config.talker, config.thinker, *starts)
         out["talker_config"] = {key: value for key, value in talker.items() if key != "architectures"}
     if config.code2wav is not None:
         code2wav = _plain(asdict(config.code2wav))
@@ -190,7 +201,7 @@ def _text(section: Mapping[str, Any], where: str) -> TextConfig:
         section,
         num_experts=_value(section, experts, where),
         rope_theta=rope["rope_theta"],
-        mrope_section=tuple(rope.get("mrope_section") or (24, 20, 20)),
+        mrope_section=rope.get("mrope_section") or (24, 20, 20),
     )
 
 
@@ -203,8 +214,11 @@ def _text_to_released(config: TextConfig) -> dict[str, Any]:
 
 def _rope(section: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Rotary settings, of a transformers 5 file (rope_parameters) or of an older one (rope_theta, rope_scaling)."""
-    old = {"rope_theta": section.get("rope_theta"), **(section.get("rope_scaling") or {})}
-    rope = dict(section.get("rope_parameters") or old)
+    old = {"rope_theta": section.get("rope_theta")}
+    for key in ("rope_parameters", "rope_scaling"):
+        if not isinstance(section.get(key) or {}, Mapping):
+            raise ConfigError(f"config.json: {where}.{key} is {section[key]!r}, which is no object")
+    rope = dict(section.get("rope_parameters") or {**old, **(section.get("rope_scaling") or {})})
     if rope.get("rope_type", "default") != "default":
         raise ConfigError(f"config.json: {where} has rope_type {rope['rope_type']!r}; this model has only 'default'")
     if rope.get("rope_theta") is None:
@@ -221,12 +235,23 @@ def _fill(cls: type[Config], where: str, section: Mapping[str, Any], **given: An
     for item in fields(shapes):
         if item.name not in given and (item.name in section or item.default is MISSING):
             given[item.name] = _value(section, item.name, where)
+    _check_types(cls, where, given)
     try:
         return cls(**given)
     except ConfigError as error:
         raise ConfigError(f"config.json: {where}: {error}") from None
-    except TypeError as error:
-        raise ConfigError(f"config.json: {where} has a value of a wrong type: {error}") from None
+
+
+def _check_types(cls: Any, where: str, values: Mapping[str, Any]) -> None:
+    """Raise ConfigError, naming the key, for a value that its field of the dataclass `cls` cannot hold."""
+    annotation = {item.name: item.type for item in fields(cls)}
+    for key, value in values.items():
+        kind = annotation[key].split("[")[0].split(" |")[0]  # of int | None, tuple[int, ...], dict[str, int], a section
+        parts = value if isinstance(value, list | tuple) else list(value.values()) if isinstance(value, Mapping) else []
+        found = {"int": int, "float": int | float, "tuple": list | tuple, "dict": Mapping}.get(kind, object)
+        if not isinstance(value, found) or any(type(part) is not int for part in parts) or isinstance(value, bool):
+            name = f"{where}.{key}".lstrip(".")
+            raise ConfigError(f"config.json: {name} is {value!r}, a value of a wrong type; it is {annotation[key]}")
 
 
 def _value(section: Mapping[str, Any], key: str, where: str) -> Any:

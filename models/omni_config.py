@@ -9,7 +9,7 @@ Field names and defaults are those of the released Qwen3-Omni-30B-A3B checkpoint
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from math import prod
 
 from models.config import TextConfig, ThinkerConfig, require, require_positive
@@ -170,6 +170,12 @@ class OmniConfig:
             require(self.code2wav is None, "code2wav needs a talker: nothing else makes its codes")
             return
         text = self.thinker.text
+        for name in (item.name for item in fields(self) if item.name.endswith("_token_id")):
+            require(
+                0 <= getattr(self, name) < text.vocab_size,
+                f"{name} ({getattr(self, name)}) must lie below vocab_size ({text.vocab_size}) of the Thinker, whose "
+                "embeddings the Talker takes",
+            )
         require(
             self.talker.thinker_hidden_size == text.hidden_size,
             f"talker thinker_hidden_size ({self.talker.thinker_hidden_size}) must equal the Thinker's hidden_size "

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.errors import DataError
-from data.tokenizer import CONTROL_TOKENS, IM_END, Tokenizer, load_tokenizer, train_tokenizer
+from data.tokenizer import CONTROL_TOKENS, IM_END, ROLES, Tokenizer, load_tokenizer, train_tokenizer
 
 TEXTS = ["seven red dogs", "Der Hund läuft um drei Uhr.", "猫在睡觉", "кошка спит\n", "Transcribe."] * 10
 TOKENIZER = train_tokenizer(TEXTS, 400)
@@ -56,6 +56,37 @@ def test_ids_are_dense_and_learned_words_are_single_tokens() -> None:
     assert len(TOKENIZER.encode("77")) == 2  # digits stay apart, as in Qwen
 
 
+@pytest.mark.parametrize("vocab_size", [274, 275, 290, 400, 5000])
+@pytest.mark.parametrize(
+    "texts", [[], TEXTS, ["user\nassistant\n"] * 9 + TEXTS, [" ".join(ROLES), "systematic users"] * 5]
+)
+def test_roles_are_single_tokens_whatever_the_texts(vocab_size: int, texts: list[str], tmp_path: Path) -> None:
+    """Each a token of its own, at the end of a head of a turn too, and never a part of a longer word."""
+    tokenizer = train_tokenizer(texts, vocab_size)
+    assert tokenizer.vocab_size <= vocab_size
+    roles = [tokenizer.encode(role) for role in ROLES]
+    assert all(len(ids) == 1 for ids in roles) and len({*map(tuple, roles)}) == 3
+    assert tokenizer.encode("assistant\n") == roles[2] + tokenizer.encode("\n") and len(tokenizer.encode("\n")) == 1
+    assert tokenizer.id(CONTROL_TOKENS[-1]) == tokenizer.vocab_size - 1
+    text = "a system's user, systematically: assistants assistant m\u0301 system\u0301"
+    assert tokenizer.decode(tokenizer.encode(text)) == _nfc(text)
+    tokenizer.save(tmp_path)
+    assert load_tokenizer(tmp_path).encode(text) == tokenizer.encode(text)
+
+
+def test_roles_take_the_place_of_the_last_merges_alone() -> None:
+    words = " ".join(f"{a}{b}{c}" for a in "bcd" for b in "aeiou" for c in "klmn")
+    rich = train_tokenizer([words] * 5, 330)
+    learnt = rich._definition["model"]
+    assert rich.vocab_size == 330 and len(learnt["vocab"]) == 330 - len(CONTROL_TOKENS) - len(ROLES)
+    plain = train_tokenizer([*[words] * 5, *["\n".join(ROLES)] * 900], 400)  # has them from its texts
+    assert all(role in plain._definition["model"]["vocab"] for role in ROLES)
+    assert not any(token["content"] in ROLES for token in plain._definition["added_tokens"])
+    smaller = train_tokenizer([words] * 5, 329)._definition["model"]
+    assert learnt["merges"][: len(smaller["merges"])] == smaller["merges"]
+    assert len(learnt["merges"]) == len(smaller["merges"]) + 1
+
+
 def test_training_is_deterministic_and_the_fingerprint_says_so() -> None:
     assert train_tokenizer(iter(TEXTS), 400).fingerprint == TOKENIZER.fingerprint
     assert train_tokenizer(TEXTS, 330).fingerprint != TOKENIZER.fingerprint
@@ -78,7 +109,7 @@ def test_transformers_loads_the_folder(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     TOKENIZER.save(tmp_path)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    for text in TEXTS:
+    for text in [*TEXTS, "assistant\n", "the user, a system"]:
         assert theirs(text)["input_ids"] == TOKENIZER.encode(text)
     assert theirs.eos_token_id == TOKENIZER.id(IM_END)
     assert len(theirs) == TOKENIZER.vocab_size
@@ -110,7 +141,7 @@ def test_unusable_folders(tmp_path: Path) -> None:
 def test_unknown_name_and_small_vocabulary() -> None:
     with pytest.raises(DataError, match="no token '<|nonsense|>'"):
         TOKENIZER.id("<|nonsense|>")
-    with pytest.raises(DataError, match="vocab_size 200 is below 271"):
+    with pytest.raises(DataError, match="vocab_size 200 is below 274"):
         train_tokenizer(TEXTS, 200)
 
 

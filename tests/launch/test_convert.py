@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -227,6 +228,13 @@ def index_to(file: Any) -> Callable[[Path], None]:
 
 
 TEXT = ("thinker_config", "text_config")
+
+
+def as_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
 BAD = [
     (truncate(-100), ["model.safetensors: truncated: ", " ends at byte "]),
     (truncate(100), ["model.safetensors: not a whole safetensors file"]),
@@ -245,7 +253,10 @@ BAD = [
         ["thinker.model.layers.0.self_attn.q_proj.weight", "[128, 128]", "[256, 128]"],
     ),
     (edit_config(*TEXT, "num_attention_heads", value=3), ["num_attention_heads (3) must be a multiple of"]),
-    (edit_config(*TEXT, "num_attention_heads", value="4"), ["thinker_config.text_config has a value of a wrong type"]),
+    (
+        edit_config(*TEXT, "num_attention_heads", value="4"),
+        ["thinker_config.text_config.num_attention_heads is '4', a value of a wrong type"],
+    ),
     (edit_config(*TEXT, "num_experts", value=9), [GATE, "[8, 128]", "[9, 128]"]),
     (edit_config(*TEXT, "num_hidden_layers", value=3), ["lack thinker.model.layers.2."]),
     (edit_config(*TEXT, "hidden_act", value="gelu"), ["thinker_config.text_config.hidden_act is 'gelu'", "'silu'"]),
@@ -261,6 +272,7 @@ BAD = [
     (edit_header(lambda h: h[GATE].update(shape=[-8, -128])), [GATE, "make no sense"]),
     (edit_header(lambda h: h[GATE].update(data_offsets=[0, 4096])), ["overlap or leave gaps"]),
     (edit_header(lambda h: h.update({GATE: 7})), [GATE, "no dtype, shape and offsets"]),
+    (lambda folder: as_folder(folder / "model.safetensors"), ["model.safetensors: cannot be read", "directory"]),
     (lambda folder: (folder / "config.json").unlink(), ["config.json: no such file"]),
     (lambda folder: (folder / "config.json").write_text("{"), ["config.json: not readable JSON"]),
     (lambda folder: (folder / "config.json").write_text("{}"), ["not a Qwen3-Omni"]),
@@ -391,3 +403,48 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.split("grown ")[1]) < 100_000, done.stdout  # KB; blocks of 16 MB, and PyTorch's first casts
+
+
+def test_a_file_that_cannot_be_read_later_is_named(saved: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved, tmp_path / "gone")
+    weight = streams.open_folder(tmp_path / "gone")[GATE]
+    as_folder(tmp_path / "gone" / "model.safetensors")
+    with pytest.raises(CheckpointError, match="model.safetensors: cannot be read: Is a directory"):
+        weight.read(0, 1)
+
+
+def test_sigterm_leaves_no_folder(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ended(weight: Weight) -> Any:
+        assert len(list(tmp_path.iterdir())) == 1  # it was being written
+        signal.raise_signal(signal.SIGTERM)
+        raise AssertionError("the signal did not end it")
+
+    monkeypatch.setattr(streams, "_blocks", ended)
+    before = signal.signal(signal.SIGTERM, lambda number, frame: None)  # not the end of the tests
+    try:
+        outer = signal.getsignal(signal.SIGTERM)
+        with pytest.raises(SystemExit) as caught:
+            guarded(main, ["export", f"from={saved}", f"to={tmp_path}/out"])
+        assert caught.value.code == 143 and not list(tmp_path.iterdir())
+        assert signal.getsignal(signal.SIGTERM) is outer
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["export", "from=nowhere", "--help"]])
+def test_help_prints_the_usage(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    assert guarded(main, arguments) == 0
+    printed = capsys.readouterr()
+    assert "python -m launch.convert export from=" in printed.out and not printed.err
+
+
+def test_transformers_speaks_the_tiny_model(theirs: Any) -> None:
+    """The codes are below the last 1,024 ids, which it never predicts but for the end."""
+    config = recipe_config("tiny")
+    assert config.talker is not None
+    assert config.talker.text.vocab_size == config.talker.code_predictor.vocab_size + 1024
+    start, end, user = config.im_start_token_id, config.im_end_token_id, config.user_token_id
+    ids = torch.tensor([[start, user, 9, 20, 21, end, 9, start, config.assistant_token_id, 9]])
+    torch.manual_seed(0)
+    text, wave = theirs.generate(ids, speaker="one", thinker_max_new_tokens=4, talker_max_new_tokens=4)
+    assert wave.numel() and wave.isfinite().all()

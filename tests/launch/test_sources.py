@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from data.tokenizer import train_tokenizer
+from data.tokenizer import ROLES, load_tokenizer, train_tokenizer
 from launch.arguments import guarded
 from launch.convert import main
 from launch.released import open_released, recipe_config
@@ -258,3 +259,23 @@ def test_a_tower_that_does_not_fit_is_refused(tmp_path: Path) -> None:
             held(config, vision=folder)
     with pytest.raises(CheckpointError, match="holds no tensor conv2d1.weight"):
         held(config, audio=folder)
+
+
+@pytest.mark.parametrize("word", [*ROLES, "\n"])
+def test_a_talker_needs_heads_of_turns_of_three_tokens(tmp_path: Path, word: str) -> None:
+    tokenizer = train_tokenizer(["one two three"] * 9, 320)
+    tokenizer.save(tmp_path)
+    definition = json.loads((tmp_path / "tokenizer.json").read_text())
+    if word == "\n":  # as two bytes
+        definition["normalizer"] = {"type": "Replace", "pattern": {"String": "\n"}, "content": "\r\n"}
+    else:
+        definition["added_tokens"] = [token for token in definition["added_tokens"] if token["content"] != word]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(definition))
+    broken, config = load_tokenizer(tmp_path), recipe_config("tiny")
+    assert len(broken.encode(word)) > 1
+    with pytest.raises(ConfigError, match=re.escape(f"tokens of {word!r}, and a Talker needs one")) as caught:
+        with_tokens_of(broken, config)
+    assert "\n" not in str(caught.value)
+    silent = with_tokens_of(broken, replace(config, talker=None, code2wav=None))
+    if word != "\n":
+        assert getattr(silent, f"{word}_token_id") == getattr(config, f"{word}_token_id")

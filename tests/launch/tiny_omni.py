@@ -7,7 +7,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from data.tokenizer import Tokenizer, train_tokenizer
+from data.tokenizer import ROLES, Tokenizer, train_tokenizer
 from models.config import AudioConfig, TextConfig, ThinkerConfig, VisionConfig
 from models.hf import released_state
 from models.hf_config import omni_to_released
@@ -30,7 +30,9 @@ CONTROL = {  # of the text tokenizer, by field
 
 
 def tiny_tokenizer() -> Tokenizer:
-    return train_tokenizer(["hello world, what is said here? user assistant system one two three four"] * 3, 400)
+    tokenizer = train_tokenizer(["hello world, what is said here? one two three four"] * 3, 400)
+    assert all(len(tokenizer.encode(word)) == 1 for word in (*ROLES, "\n"))  # or the Talker reads shifted turns
+    return tokenizer
 
 
 def tiny_config(tokenizer: Tokenizer) -> OmniConfig:
@@ -47,7 +49,7 @@ def tiny_config(tokenizer: Tokenizer) -> OmniConfig:
     talker = TalkerConfig(talk, predictor, 64, 2, *range(CODES, CODES + 6), speaker_id={"ethan": CODES + 10})
     wave = Code2WavConfig(CODES, GROUPS, 32, 64, 2, 2, 2, decoder_dim=32, sliding_window=8)
     ids = {field: tokenizer.id(name) for field, name in CONTROL.items()}
-    roles = {f"{role}_token_id": tokenizer.encode(role)[0] for role in ("system", "user", "assistant")}
+    roles = {f"{role}_token_id": tokenizer.encode(role)[0] for role in ROLES}
     return OmniConfig(thinker, talker, wave, **ids, **roles)
 
 

@@ -90,6 +90,10 @@ def random_omni_config(seed: int) -> OmniConfig:
         tts_pad_token_id=TTS_PAD,
         tts_bos_token_id=TTS_BOS,
         tts_eos_token_id=TTS_EOS,
+        audio_start_token_id=r.AUDIO_START,
+        audio_end_token_id=r.AUDIO_END,
+        vision_start_token_id=r.VISION_START,
+        vision_end_token_id=r.VISION_END,
     )
 
 

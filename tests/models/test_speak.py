@@ -87,7 +87,7 @@ def test_equal_to_transformers(seed, kinds):
     )
     settings = {"max_new_tokens": 6, "max_frames": 12, "packet_frames": 5}  # theirs never speaks its last token
     settings |= GREEDY | {"first_code": Sampling(repetition_penalty=penalty)}
-    ours.config = replace(ours.config, im_end_token_id=r.VOCAB + 1)  # as without an end token
+    ours.config = replace(ours.config, im_end_token_id=r.AUDIO)  # never drawn: as without an end
     pieces = list(speak(ours, prompt, SpeakSettings("ethan", **settings)))
     assert tokens_of(pieces) == sequences[0, len(prompt.token_ids_T) : -1].tolist()
     assert torch.equal(codes_of(pieces)[:, : heard[0].shape[2]], heard[0][0])
