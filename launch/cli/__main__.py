@@ -21,8 +21,9 @@ def main() -> int:
         runpy.run_module(f"launch.{command}", run_name="__main__", alter_sys=True)
         return 0
     from train.main import main as train
+    from train.ranks import leave
 
-    return train(sys.argv[1:])
+    leave(train(sys.argv[1:]))
 
 
 if __name__ == "__main__":
