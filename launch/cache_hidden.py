@@ -19,8 +19,8 @@ from data.corpus import Corpus
 from data.reader import Reader
 from data.tokenizer import load_tokenizer
 from launch.arguments import guarded, parse
-from launch.loading import DTYPES, load_model
-from launch.weights import open_folder
+from launch.loading import load_model
+from launch.weights import PRECISION, open_folder
 from models.audio_encoder import num_audio_tokens
 from models.config import ConfigError
 from train.errors import RecipeError
@@ -34,8 +34,8 @@ def cache(argv: Sequence[str]) -> None:
     given, rest = parse(argv, KNOWN)
     if rest:
         raise RecipeError(f"unknown argument {rest[0]!r}")
-    if given["keep"] not in DTYPES:
-        raise RecipeError(f"keep={given['keep']}: it is {' or '.join(DTYPES)}")
+    if given["keep"] not in PRECISION:
+        raise RecipeError(f"keep={given['keep']}: it is {' or '.join(PRECISION)}")
     if not given["max_tokens"].isdigit() or int(given["max_tokens"]) < 1:
         raise RecipeError(f"max_tokens must be a positive number, not {given['max_tokens']!r}")
     folder = Path(given["model"])
@@ -45,7 +45,7 @@ def cache(argv: Sequence[str]) -> None:
     tokenizer = load_tokenizer(folder)
     corpus = Corpus.open([given["shards"]], tokenizer.fingerprint)
     reader = Reader(corpus, tokenizer, seed=0, num_audio_tokens=num_audio_tokens)
-    kept, most = DTYPES[given["keep"]], int(given["max_tokens"])
+    kept, most = PRECISION[given["keep"]], int(given["max_tokens"])
     left_out = cache_hidden(omni, corpus, reader, identity(folder), max_tokens=most, dtype=kept)
     print(f"{corpus.num_samples} samples, {left_out} left out")
 

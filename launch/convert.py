@@ -50,6 +50,7 @@ from launch.released import (
 from launch.sources import initial_weights, with_tokens_of
 from launch.weights import (
     MAX_JSON_BYTES,
+    PRECISION,
     Weight,
     check_lossless,
     checkpoint_weights,
@@ -68,7 +69,6 @@ from train.main import model_config
 from train.recipe import load_saved
 from train.typed import nearest
 
-PRECISION = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # Copied as they are from folder to folder, where they exist.
 BESIDE = (
     "generation_config.json",

@@ -12,13 +12,12 @@ from pathlib import Path
 import torch
 
 from launch.released import open_released
-from launch.weights import fused_weights
+from launch.weights import PRECISION, fused_weights
 from models.config import ThinkerConfig
 from models.omni import Omni
 from models.omni_config import OmniConfig
 from train.errors import CheckpointError, RecipeError
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 BLOCK = 4 << 20  # elements read at a time
 
 
@@ -35,19 +34,19 @@ def load_model(folder: Path, dtype: str | None = None, device: str = "cpu") -> O
         config = OmniConfig(config)
     if not isinstance(config, OmniConfig):
         raise CheckpointError(f"{folder}: holds a Talker alone, which has nothing to speak without a Thinker")
-    if dtype is not None and dtype not in DTYPES:
-        raise RecipeError(f"dtype must be {' or '.join(DTYPES)}, not {dtype!r}")
+    if dtype is not None and dtype not in PRECISION:
+        raise RecipeError(f"dtype must be {' or '.join(PRECISION)}, not {dtype!r}")
     known = ["cpu", "cuda", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     if device not in (known if torch.cuda.is_available() else known[:1]):
         raise RecipeError(f"device={device}: it is cpu, or cuda where a GPU is at hand")
     with torch.device("meta"):
         omni = Omni(config)
     weights = fused_weights(released.weights)
-    kind = DTYPES[dtype] if dtype is not None else next(iter(weights.values())).dtype
+    kind = PRECISION[dtype] if dtype is not None else next(iter(weights.values())).dtype
     omni = omni.to(kind).to_empty(device=device)
     for name, parameter in omni.named_parameters():
         flat, weight = parameter.view(-1), weights[name]
         for start in range(0, len(flat), BLOCK):
             piece = flat[start : start + BLOCK]
             piece.copy_(weight.read(start, len(piece)))
-    return omni.eval().requires_grad_(False)
+    return omni.train(False).requires_grad_(False)

@@ -34,6 +34,7 @@ from train.errors import CheckpointError
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+PRECISION = {"bf16": torch.bfloat16, "fp32": torch.float32}  # what the commands take as dtype=
 _CODE = {dtype: code for code, dtype in DTYPES.items()}
 MAX_FILE_BYTES = 5 * 10**9
 MAX_JSON_BYTES = 100_000_000  # of a header, an index or a configuration

@@ -20,7 +20,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from models.audio_encoder import AudioEncoder
@@ -137,8 +136,8 @@ class Thinker(nn.Module):
             if pixels_PX is None or not len(pixels_PX):
                 pixels_PX = mel_FM.new_empty(0, self.config.vision.patch_dim)
             seen_VD, added = self.visual(pixels_PX, grids)
-            ids = torch.tensor([self.config.image_token_id, self.config.video_token_id], device=token_ids_T.device)
-            rows_V = torch.isin(token_ids_T, ids).nonzero().squeeze(1)
+            image_T, video_T = token_ids_T == self.config.image_token_id, token_ids_T == self.config.video_token_id
+            rows_V = (image_T | video_T).nonzero().squeeze(1)
             _agree("visual", len(rows_V), len(seen_VD), f"{len(grids)} images and videos")
             features.append((rows_V, seen_VD))
             deepstack = rows_V, added
