@@ -1,79 +1,88 @@
-"""Messages to tokens and labels, by Qwen's ChatML template.
+"""Samples to text runs and media, by Qwen's ChatML template; documents as they are, ended by <|endoftext|>.
 
     <|im_start|>user\\n<|audio_start|><|audio_pad|>...<|audio_end|>Transcribe.<|im_end|>\\n
     <|im_start|>assistant\\nseven<|im_end|>\\n
                             ^^^^^^^^^^^^^^^ the loss: assistant content and its <|im_end|>
 
-Labels are already shifted: labels[t] is the target of position t, that is token t + 1, or -100. Neighbouring
-text is tokenised in one piece, as transformers' apply_chat_template does, except right after "assistant\\n",
-where generation starts: there training cuts as well, so a prompt's ids are always a prefix of the training
-ids.
+Neighbouring text is tokenised in one piece, as transformers' apply_chat_template does, except right after
+"assistant\\n", where generation starts: there training cuts as well, so a prompt's ids are always a prefix of the
+training ids. A document is cut where its loss goes on or off.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from data.errors import BadSample
-from data.tokenizer import AUDIO_END, AUDIO_PAD, AUDIO_START, IM_END, IM_START, ROLES, Tokenizer
+from data.layout import WRAP
+from data.sample import Medium, SampleRecord, all_parts, medium_of, parts_of
+from data.tokenizer import ENDOFTEXT, IM_END, IM_START, Tokenizer
 
-IGNORE = -100
-Messages = Sequence[Mapping[str, Any]]
+
+class Run(NamedTuple):
+    """A stretch of text without a medium in it."""
+
+    ids: list[int]
+    learned: list[bool]  # whether each token carries loss, as the target of the one before it
+
+    def extend(self, ids: Sequence[int], learn: bool) -> None:
+        """Append tokens."""
+        self.ids.extend(ids)
+        self.learned.extend([learn] * len(ids))
 
 
-def encode(
-    messages: Messages, tokenizer: Tokenizer, audio_token_counts: Sequence[int], prompt_only: bool = False
-) -> tuple[list[int], list[int]]:
-    """Token ids and shifted labels of a conversation.
+def render(record: SampleRecord, tokenizer: Tokenizer, prompt_only: bool = False) -> list[Run | Medium]:
+    """Text runs and media of a record in turn: a run first, one after each medium, empty where there is no text.
 
-    `audio_token_counts` holds the number of placeholders of every audio part, in order. With `prompt_only`
-    the last assistant turn is left out and the ids end in "<|im_start|>assistant\\n", ready for generation;
-    labels are all -100. Raises BadSample that names what is wrong in the messages.
+    With `prompt_only` a conversation's last assistant turn is left out and the ids end in "<|im_start|>assistant\\n",
+    ready for generation; a document goes without its end. Raises BadSample where the record has nothing to prompt.
     """
-    check_messages(messages)
+    if record.segments:
+        return _render_document(record, tokenizer, prompt_only)
+    messages = record.messages
     if prompt_only and messages[-1]["role"] == "assistant":
         messages = messages[:-1]
-    expected = len(audio_parts(messages))
-    if len(audio_token_counts) != expected:
-        raise BadSample(f"messages have {expected} audio parts, {len(audio_token_counts)} audio clips were given")
-    counts = iter(audio_token_counts)
-    ids: list[int] = []
-    learned: list[bool] = []
-    newline = tokenizer.encode("\n")
+    pieces: list[Run | Medium] = [Run([], [])]
+    newline, start, end = tokenizer.encode("\n"), tokenizer.id(IM_START), tokenizer.id(IM_END)
     for message in messages:
-        answer = message["role"] == "assistant"
-        head, body = _turn(message, tokenizer, counts)
-        body.append(tokenizer.id(IM_END))
-        ids += [tokenizer.id(IM_START), *head, *body, *newline]
-        learn = answer and message.get("loss", True)
-        learned += [False] * (1 + len(head)) + [learn] * len(body) + [False] * len(newline)
+        learn = message["role"] == "assistant" and message.get("loss", True)
+        _last(pieces).extend([start], False)
+        _render_turn(message, learn, tokenizer, pieces)
+        _last(pieces).extend([end], learn)
+        _last(pieces).extend(newline, False)
     if prompt_only:
-        ids += [tokenizer.id(IM_START), *tokenizer.encode("assistant\n")]
-        return ids, [IGNORE] * len(ids)
-    labels = [token if learn else IGNORE for token, learn in zip(ids[1:], learned[1:], strict=True)]
-    return ids, [*labels, IGNORE]
+        _last(pieces).extend([start, *tokenizer.encode("assistant\n")], False)
+    return pieces
 
 
-def count_text_tokens(messages: Messages, tokenizer: Tokenizer) -> int:
-    """Tokens of `encode(messages)` without the audio placeholders."""
-    return len(encode(messages, tokenizer, [0] * len(audio_parts(messages)))[0])
+def gaps(record: SampleRecord, tokenizer: Tokenizer) -> list[int]:
+    """Text tokens before, between and after the media of a record, without the tokens that wrap a medium."""
+    return [len(piece.ids) for piece in render(record, tokenizer) if isinstance(piece, Run)]
 
 
-def audio_parts(messages: Messages) -> list[str]:
-    """What the audio parts of the messages name (the extension of a shard's member), in order."""
-    return [part["audio"] for message in messages for part in _parts(message) if part["type"] == "audio"]
+def count_text_tokens(record: SampleRecord, tokenizer: Tokenizer) -> int:
+    """Tokens of a record but for the placeholders of media."""
+    pieces = render(record, tokenizer)
+    return sum(len(piece.ids) if isinstance(piece, Run) else wrap(piece) for piece in pieces)
 
 
-def answer_text(messages: Messages) -> str:
-    """Text of the last turn if it is the assistant's (the reference of an evaluation), else ""."""
-    if not messages or messages[-1]["role"] != "assistant":
-        return ""
-    return "".join(part["text"] for part in _parts(messages[-1]))
+def wrap(medium: Medium) -> int:
+    """Tokens around a medium's placeholders."""
+    return 2 * WRAP if medium.sound else WRAP
 
 
-def rendered_texts(messages: Messages) -> list[str]:
-    """The stretches of text that `encode` tokenises, to train a tokenizer on."""
-    heads = [f"{message['role']}\n" for message in messages]
-    return heads + [part["text"] for message in messages for part in _parts(message) if part["type"] == "text"]
+def answer_text(record: SampleRecord) -> str:
+    """Text of the last turn, the reference of an evaluation. Raises BadSample if it is not the assistant's."""
+    if not record.messages or record.messages[-1]["role"] != "assistant":
+        raise BadSample("its last turn is not the assistant's: there is nothing to compare with")
+    return "".join(part["text"] for part in parts_of(record.messages[-1]["content"]))
+
+
+def rendered_texts(record: SampleRecord) -> list[str]:
+    """The stretches of text that `render` tokenises, to train a tokenizer on."""
+    heads = [f"{message['role']}\n" for message in record.messages]
+    return heads + [part["text"] for part in all_parts(record) if part["type"] == "text"]
 
 
 def transcription(extension: str, instruction: str, text: str) -> list[dict[str, Any]]:
@@ -85,57 +94,42 @@ def transcription(extension: str, instruction: str, text: str) -> list[dict[str,
     ]
 
 
-def check_messages(messages: Any) -> None:
-    """Raise BadSample, with the place, unless `messages` is a conversation that this template can render."""
-    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise BadSample('"messages" must be a list with at least one message')
-    for i, message in enumerate(messages):
-        where = f"messages[{i}]"
-        if not isinstance(message, Mapping):
-            raise BadSample(f"{where} must be an object with role and content")
-        if message.get("role") not in ROLES:
-            raise BadSample(f"{where}.role is {message.get('role')!r}, must be one of {', '.join(ROLES)}")
-        if not isinstance(message.get("loss", True), bool):
-            raise BadSample(f"{where}.loss is {message['loss']!r}, must be true or false")
-        unknown = set(message) - {"role", "content", "loss"}
-        if unknown:
-            raise BadSample(f"{where} has unknown keys: {', '.join(sorted(map(str, unknown)))}")
-        content = message.get("content")
-        if isinstance(content, str):
-            continue
-        if not isinstance(content, Sequence):
-            raise BadSample(f"{where}.content must be text or a list of parts")
-        for j, part in enumerate(content):
-            _check_part(part, f"{where}.content[{j}]", message["role"])
-
-
-def _check_part(part: Any, where: str, role: str) -> None:
-    kind = part.get("type") if isinstance(part, Mapping) else None
-    if kind not in ("text", "audio"):
-        raise BadSample(f'{where}.type is {kind!r}, must be "text" or "audio"')
-    if kind == "audio" and role == "assistant":
-        raise BadSample(f"{where}: an assistant turn holds text only, audio belongs to user and system turns")
-    if not isinstance(part.get(kind), str):
-        raise BadSample(f"{where}.{kind} is missing or not a string")
-
-
-def _parts(message: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
-    content = message["content"]
-    return [{"type": "text", "text": content}] if isinstance(content, str) else content
-
-
-def _turn(message: Mapping[str, Any], tokenizer: Tokenizer, counts: Iterator[int]) -> tuple[list[int], list[int]]:
-    """Ids of "assistant\\n" and of its content; for other roles nothing and both in one piece."""
+def _render_turn(message: Any, learn: bool, tokenizer: Tokenizer, pieces: list[Run | Medium]) -> None:
+    """Append the role and the content of a turn."""
     text = f"{message['role']}\n"
-    head: list[int] = []
     if message["role"] == "assistant":
-        head, text = tokenizer.encode(text), ""
-    body: list[int] = []
-    for part in _parts(message):
+        _last(pieces).extend(tokenizer.encode(text), False)
+        text = ""
+    for part in parts_of(message["content"]):
         if part["type"] == "text":
             text += part["text"]
             continue
-        body += tokenizer.encode(text) + [tokenizer.id(AUDIO_START)]
-        body += [tokenizer.id(AUDIO_PAD)] * next(counts) + [tokenizer.id(AUDIO_END)]
+        _last(pieces).extend(tokenizer.encode(text), learn)
+        pieces += [medium_of(part), Run([], [])]
         text = ""
-    return head, body + tokenizer.encode(text)
+    _last(pieces).extend(tokenizer.encode(text), learn)
+
+
+def _render_document(record: SampleRecord, tokenizer: Tokenizer, prompt_only: bool) -> list[Run | Medium]:
+    pieces: list[Run | Medium] = [Run([], [])]
+    text, learn = "", True
+    for part in record.segments:
+        if part["type"] != "text":
+            _last(pieces).extend(tokenizer.encode(text), learn)
+            pieces += [medium_of(part), Run([], [])]
+            text = ""
+            continue
+        if part.get("loss", True) != learn:
+            _last(pieces).extend(tokenizer.encode(text), learn)
+            text, learn = "", not learn
+        text += part["text"]
+    _last(pieces).extend(tokenizer.encode(text), learn)
+    if not prompt_only:
+        _last(pieces).extend([tokenizer.id(ENDOFTEXT)], True)
+    return pieces
+
+
+def _last(pieces: list[Run | Medium]) -> Run:
+    run = pieces[-1]
+    assert isinstance(run, Run)
+    return run

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from data.audio import Limits
 from data.augment import Augment
+from data.document import MediaLimits
 from data.errors import DataError
+from data.mixture import Mixture
+from data.store import StoreSettings
+from data.video import Sampling, VideoLimits
+from data.vision import ImageLimits
 
 MISSING = "???"  # omegaconf's mark of a value that the recipe must give
 
@@ -15,7 +21,7 @@ class DataConfig:
     """What to read, how to cut it into sequences and steps, and what to do with what does not fit."""
 
     shards: list[str] = field(default_factory=list)
-    """Paths of .tar shards or glob patterns, each shard with its NAME.tar.index beside it."""
+    """Paths of .tar shards, patterns or URLs (http, https, s3), each shard with its NAME.tar.index beside it."""
     tokenizer: str = MISSING
     """Folder of the tokenizer (tokenizer.json); the indexes must have been made with the same one."""
     sequence_length: int = 8192
@@ -25,7 +31,10 @@ class DataConfig:
     window: int = 65536
     """Samples that are shuffled and packed together: more mixes better, packs tighter, takes more memory."""
     too_long: str = "error"
-    """A sample above sequence_length: "error" stops before training, "drop" leaves it out, counted by source."""
+    """A sample above sequence_length: "error" stops before training; "drop" leaves it out, counted by source; "split"
+    cuts documents into pieces (data/split.py says where) and drops conversations."""
+    mixture: Mixture | None = None
+    """Shares of sources and languages (data/mixture.py); without one, every sample comes once an epoch."""
     max_bad_samples: int = 100
     """Damaged samples that one run may leave out before it stops."""
     workers: int = 2
@@ -37,7 +46,19 @@ class DataConfig:
     augment: Augment = field(default_factory=Augment)
     """Vary level, noise and spectrum of training audio; all off by default (data/augment.py says what there is)."""
     max_audio_seconds: float = 3600.0
-    """A clip that decodes to more is refused."""
+    """A clip or film that lasts longer is refused."""
+    image: ImageLimits = field(default_factory=ImageLimits)
+    """Smallest and largest number of pixels that an image is resized to, and what is refused (data/vision.py)."""
+    video: Sampling = field(default_factory=Sampling)
+    """Frames a second, fewest and most frames, pixels of a frame, tokens of a clip (data/video.py)."""
+    store: StoreSettings = field(default_factory=StoreSettings)
+    """Where blocks of remote shards are kept, and when a server counts as gone (data/store.py)."""
+
+    @property
+    def limits(self) -> MediaLimits:
+        """What media may be, as readers take it."""
+        longest = self.max_audio_seconds
+        return MediaLimits(Limits(max_seconds=longest), self.image, VideoLimits(max_seconds=longest), self.video)
 
     def validate(self) -> None:
         """Raise DataError naming the first setting that cannot be used."""
@@ -48,10 +69,20 @@ class DataConfig:
         for name in ("workers", "max_bad_samples"):
             if getattr(self, name) < 0:
                 raise DataError(f"data.{name}={getattr(self, name)}: must be 0 or more")
-        if self.too_long not in ("error", "drop"):
-            raise DataError(f'data.too_long={self.too_long}: must be "error" or "drop"')
+        if self.too_long not in ("error", "drop", "split"):
+            raise DataError(f'data.too_long={self.too_long}: must be "error", "drop" or "split"')
         if not self.speeds or not all(0.5 <= speed <= 2.0 for speed in self.speeds):
             raise DataError(f"data.speeds={list(self.speeds)}: must be one or more factors between 0.5 and 2")
+        pixels = {"data.image": self.image, "data.video": self.video}
+        for name, sizes in pixels.items():
+            if not 0 < sizes.min_pixels <= sizes.max_pixels:
+                raise DataError(f"{name}.min_pixels={sizes.min_pixels}: must be above 0 and at most {name}.max_pixels")
+        video = self.video
+        if not (0 < video.fps and 1 <= video.min_frames <= video.max_frames and video.max_tokens > 0):
+            raise DataError("data.video: fps and max_tokens must be above 0, and min_frames 1 to max_frames")
+        if self.mixture is not None:
+            self.mixture.validate()
+        self.store.validate()
         if not self.shards:
             raise DataError("data.shards is empty: name at least one shard (a path or a glob pattern)")
         if not self.tokenizer or self.tokenizer == MISSING:

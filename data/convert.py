@@ -1,52 +1,55 @@
-"""Speech that lies on disk in a common form, turned into shards.
+"""Data that lies on disk in a common form, turned into shards.
 
-    python -m data.convert wavs FOLDER_OR_TAR OUT --names zero,one,two --eval-speaker nicolas --holdout 0.1
-    python -m data.convert manifest FILE.jsonl OUT
-    python -m data.convert hf FOLDER OUT
+    python -m data.convert manifest FILE.jsonl OUT           our own: {"audio" | "image" | "video": path, "text": ...}
+    python -m data.convert llava    FILE.json OUT            {"conversations": [...], "image": path}
+    python -m data.convert swift    FILE.jsonl OUT           {"messages": [...], "images": [path, ...]}
+    python -m data.convert hf       FOLDER_OR_PARQUET OUT    datasets' save_to_disk; Parquet
+    python -m data.convert kaldi    FOLDER OUT               text, wav.scp, segments
+    python -m data.convert lhotse   CUTS_OR_FOLDER OUT
+    python -m data.convert nemo     FILE.jsonl OUT           {"audio_filepath": path, "text": ...}
+    python -m data.convert text     FILE_OR_FOLDER OUT       .txt, .jsonl
+    python -m data.convert wavs     FOLDER_OR_TAR OUT        {label}_{speaker}_{n}.wav
 
-`wavs` takes files named {label}_{speaker}_{n}.wav and writes OUT/train, OUT/heldout (a random share of the
-takes of the training speakers) and OUT/speaker (speakers kept out altogether). `manifest` takes one JSON
-object a line: "audio" (a path, from the manifest's folder) and "text", or "messages" whose audio parts hold
-paths; "language", "speaker" and "key" are optional. `hf` takes what `datasets` wrote with save_to_disk. The
-last two write OUT/train, or a folder for each split of the dataset. OUT/tokenizer is a copy of --tokenizer,
-or trained on the training texts. Audio keeps its bytes. What cannot be used is counted and printed. Cost: one
-decode of every clip, for the index.
+    source --data.sources*, data.convert_hf--> rows --data.convert_run, convert_jobs--> OUT/{split}/shard-000000.tar
+      --data.convert_journal--> OUT/convert.jsonl, and OUT/tokenizer: a copy of --tokenizer, or trained on the texts
+
+Media keep their bytes, but for stretches cut out of recordings. Rows that cannot be used are left out, counted by
+reason and listed in OUT/convert.jsonl. The result does not depend on --workers. After any stop, the same command goes
+on where it stopped. Cost: one decode of every medium, for the index; memory is a sample for each worker.
 """
+
+from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from data.convert_hf import hf_dataset
+from data.convert_hf import hf_dataset, home_of
+from data.convert_run import convert
 from data.errors import DataError
-from data.shards import write_shards
-from data.sources import Source, labelled_clips, manifest
-from data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from data.sources import Common, MediaFolder, Source
+from data.sources_chat import Chat, Manifest
+from data.sources_files import labelled_clips, texts
+from data.sources_lhotse import lhotse
+from data.sources_lines import LineSource
+from data.sources_speech import Nemo, kaldi
+from data.tokenizer import load_tokenizer
 
-MAX_SHOWN = 10
-
-
-def write_splits(splits: Mapping[str, Source], out: Path, tokenizer: Tokenizer, options: argparse.Namespace) -> None:
-    """Write each split to OUT/split, and print what was written and what was left out."""
-    for name, source in splits.items():
-        report = write_shards(
-            source.records(), out / name, tokenizer, options.samples_per_shard, workers=options.workers
-        )
-        left_out = source.left_out + report.left_out
-        print(f"{out / name}: {report.num_samples} samples in {len(report.paths)} shards, {len(left_out)} left out")
-        for line in left_out[:MAX_SHOWN]:
-            print(f"  left out: {line}")
-        if len(left_out) > MAX_SHOWN:
-            print(f"  and {len(left_out) - MAX_SHOWN} more")
-
-
-def tokenizer_for(splits: Mapping[str, Source], folder: Path | None, vocab_size: int) -> Tokenizer:
-    """The tokenizer in `folder`, or else one trained on the texts of the training split."""
-    if folder is not None:
-        return load_tokenizer(folder)
-    train = splits.get("train") or next(iter(splits.values()))
-    return train_tokenizer(train.texts(), vocab_size)
+KINDS = {
+    "manifest": "JSONL, a sample a line, with paths of media files",
+    "llava": "JSON or JSONL of conversations in the style of LLaVA and ShareGPT",
+    "swift": "JSONL in the style of ms-swift",
+    "hf": "a folder written by datasets' save_to_disk; Parquet: a file, a folder or a pattern",
+    "kaldi": "a Kaldi folder with text and wav.scp",
+    "lhotse": "Lhotse's cuts, or a folder with recordings and supervisions",
+    "nemo": "a NeMo manifest",
+    "text": "plain text: .txt or .jsonl, a file or a folder",
+    "wavs": "a folder or tar of {label}_{speaker}_{n}.wav",
+}
+_COLUMNS = ("audio", "image", "video", "text", "messages")
+_NOT_IN_PLAN = ("out", "workers", "dry_run", "tokenizer")  # options that do not shape the result, or are told otherwise
 
 
 def parse_names(names: str) -> dict[str, str]:
@@ -62,65 +65,128 @@ def parse_names(names: str) -> dict[str, str]:
 
 def read_source(options: argparse.Namespace) -> Mapping[str, Source]:
     """The splits that the command line asks for."""
-    if options.kind == "wavs":
-        return labelled_clips(
-            options.source,
-            parse_names(options.names),
-            heldout_speakers=[name for name in options.eval_speaker.split(",") if name],
-            holdout=options.holdout,
-            instruction=options.instruction,
-            language=options.language,
-            seed=options.seed,
-        )
-    if options.kind == "manifest":
-        return manifest(options.source, options.instruction, options.language)
-    return hf_dataset(
-        options.source,
-        options.instruction,
-        audio_column=options.audio_column,
-        text_column=options.text_column,
+    path = Path(options.source)
+    media = options.media or home_of(options.source)
+    if not media.is_dir() and not (options.kind == "hf" and (options.hub or not options.media)):
+        raise DataError(f"{media}: no such folder" if options.media else f"{path}: no such file or folder")
+    stem = (path if path.exists() or options.kind == "hf" and options.hub else media).name.partition(".")[0]
+    common = Common(
+        MediaFolder(media, options.allow_outside),
+        source=options.source_name or stem,
         language=options.language,
+        instruction=options.instruction,
+        sound=options.sound,
     )
+    if options.kind == "wavs":
+        heldout = [name for name in options.eval_speaker.split(",") if name]
+        split = {"heldout_speakers": heldout, "holdout": options.holdout, "seed": options.seed}
+        return labelled_clips(path, parse_names(options.names), common, **split)
+    if options.kind == "hf":
+        return hf_dataset(
+            options.source, common, {name: getattr(options, f"{name}_column") for name in _COLUMNS}, options.hub
+        )
+    if options.kind == "text":
+        return texts(path, common, options.lines)
+    if options.kind == "kaldi":
+        return kaldi(path, common)
+    if options.kind == "lhotse":
+        return lhotse(path, common)
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    parsers = {
+        "manifest": Manifest(common),
+        "llava": Chat(common),
+        "swift": Chat(common, in_front=True),
+        "nemo": Nemo(common),
+    }
+    return {"train": LineSource("train", [path], [stem], parsers[options.kind], keyed=options.kind == "manifest")}
 
 
 def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     """The command line as a namespace; argparse itself exits with 2 on a wrong one."""
-    parser = argparse.ArgumentParser("python -m data.convert", description="Turn speech on disk into shards.")
+    parser = argparse.ArgumentParser("python -m data.convert", description="Turn data on disk into shards.")
     kinds = parser.add_subparsers(dest="kind", required=True)
-    wavs = kinds.add_parser("wavs", help="a folder or tar of {label}_{speaker}_{n}.wav")
-    wavs.add_argument("--names", default="", help="texts of the labels: zero,one,... or yes=oui,no=non")
-    wavs.add_argument("--eval-speaker", default="", help="comma-separated; kept out of training, into OUT/speaker")
-    wavs.add_argument("--holdout", type=float, default=0.0, help="share of takes that goes to OUT/heldout")
-    wavs.add_argument("--seed", type=int, default=0, help="chooses the held-out takes")
-    hf = kinds.add_parser("hf", help="a folder written by datasets' save_to_disk")
-    hf.add_argument("--audio-column", default="audio")
-    hf.add_argument("--text-column", default="text")
-    for kind in (wavs, kinds.add_parser("manifest", help="a JSONL file, one sample a line"), hf):
-        kind.add_argument("source", type=Path)
-        kind.add_argument("out", type=Path)
-        kind.add_argument("--instruction", default="Transcribe.", help="what the user asks beside the audio")
-        kind.add_argument("--language", default="", help="language code of samples that name none")
-        kind.add_argument("--tokenizer", type=Path, help="folder with a tokenizer.json; else one is trained")
-        kind.add_argument("--vocab-size", type=int, default=512, help="of the trained tokenizer")
-        kind.add_argument("--samples-per-shard", type=int, default=1000)
-        kind.add_argument("--workers", type=int, default=1, help="processes that decode for the index")
+    for name, text in KINDS.items():
+        kind = kinds.add_parser(name, help=text, description=text)
+        _add_own(kind, name)
+        _add_common(kind)
     return parser.parse_args(arguments)
 
 
+def _add_own(kind: argparse.ArgumentParser, name: str) -> None:
+    if name == "wavs":
+        kind.add_argument("--names", default="", help="texts of the labels: zero,one,... or yes=oui,no=non")
+        kind.add_argument("--eval-speaker", default="", help="comma-separated; kept out of training, into OUT/speaker")
+        kind.add_argument("--holdout", type=float, default=0.0, help="share of takes that goes to OUT/heldout")
+        kind.add_argument("--seed", type=int, default=0, help="chooses the held-out takes")
+    elif name == "hf":
+        kind.add_argument(
+            "--hub", action="store_true", help="the source is a name on the hub, its Parquet is read there"
+        )
+        for column in _COLUMNS:
+            kind.add_argument(f"--{column}-column", default="", help="where its type and usual names do not tell")
+    elif name == "text":
+        kind.add_argument("--lines", action="store_true", help="a line of .txt is a document, not a file")
+
+
+def _add_common(kind: argparse.ArgumentParser) -> None:
+    kind.add_argument("source", help="what to convert")
+    kind.add_argument("out", type=Path, help="folder to write, or to go on with")
+    kind.add_argument("--media", type=Path, help="folder of the media; else that of the source")
+    kind.add_argument("--allow-outside", action="store_true", help="media may lie outside that folder")
+    kind.add_argument("--source", dest="source_name", default="", help="name of the source; else the file's")
+    kind.add_argument("--language", default="", help="language code of samples that name none")
+    kind.add_argument("--instruction", help="what the user asks beside media; else what suits their kind")
+    kind.add_argument("--sound", action="store_true", help="films are heard as well as seen")
+    kind.add_argument("--tokenizer", type=Path, help="folder with a tokenizer.json; else one is trained")
+    kind.add_argument("--vocab-size", type=int, default=512, help="of the trained tokenizer")
+    kind.add_argument("--samples-per-shard", type=_positive, default=1000, help="rows of a job, samples of a shard")
+    kind.add_argument("--shard-mb", type=_positive, default=1024, help="a shard ends with the sample that reaches it")
+    kind.add_argument("--workers", type=_positive, default=1, help="processes")
+    kind.add_argument("--dry-run", action="store_true", help="read and check everything, write nothing")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be 1 or more")
+    return value
+
+
+def _plan(options: argparse.Namespace, fingerprint: str) -> dict[str, Any]:
+    """The options that shape the result, as they are kept in the journal."""
+    chosen = {name: value for name, value in vars(options).items() if name not in _NOT_IN_PLAN}
+    here = not (options.kind == "hf" and options.hub)
+    chosen["source"] = str(Path(options.source).resolve()) if here else options.source
+    chosen["media"] = str(options.media.resolve()) if options.media else ""
+    return chosen | {"tokenizer": fingerprint}
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit status: 0, or 2 after one line on what is wrong."""
+    """Command line; returns the exit status: 0, or 2 after one line on what is wrong, or 130 after Ctrl-C."""
     options = parse_options(arguments)
     try:
-        splits = read_source(options)
-        if not any(next(source.texts(), None) for source in splits.values()):
-            first = next((line for source in splits.values() for line in source.left_out), "it is empty")
-            raise DataError(f"{options.source}: nothing to convert; {first}")
-        tokenizer = tokenizer_for(splits, options.tokenizer, options.vocab_size)
-        write_splits(splits, options.out, tokenizer, options)
-        tokenizer.save(options.out / "tokenizer")
+        tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else None
+        summary = convert(
+            read_source(options),
+            options.out,
+            _plan(options, tokenizer.fingerprint if tokenizer else "trained"),
+            tokenizer=tokenizer,
+            vocab_size=options.vocab_size,
+            samples_per_shard=options.samples_per_shard,
+            max_bytes=options.shard_mb * 1_000_000,
+            workers=options.workers,
+            dry=options.dry_run,
+        )
+        print("\n".join(summary.lines()))
+        if not summary.total.samples:
+            raise DataError(f"{options.source}: nothing to convert; {summary.first_left_out()}")
     except (DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\nstopped: the same command goes on where it stopped", file=sys.stderr)
+        return 130
     return 0
 
 

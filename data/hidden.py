@@ -31,9 +31,11 @@ HEADER_BYTES = 4096 - 8  # padded with spaces, as the format allows
 DTYPES = {torch.bfloat16: "BF16", torch.float32: "F32"}
 
 
-def hidden_path(tar: Path) -> Path:
-    """Where the hidden states of `tar` lie."""
-    return tar.with_name(tar.name + ".hidden")
+def hidden_path(tar: str | Path) -> Path:
+    """Where the hidden states of `tar` lie. Raises DataError for a shard on a server: they lie beside local ones."""
+    if "://" in str(tar):
+        raise DataError(f"{tar}: hidden states lie beside local shards only; copy the shard to a disk")
+    return Path(f"{tar}.hidden")
 
 
 class HiddenWriter:

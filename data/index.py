@@ -1,35 +1,43 @@
-"""Make the indexes of shards: one pass over each tar that counts tokens and decodes audio for its length.
+"""Make the indexes of shards: one pass over each tar that counts tokens and measures media.
 
-    NAME.tar --headers--> samples --JSON: text tokens; audio: decoded length; crc32--> NAME.tar.index
+    NAME.tar --headers--> samples --JSON: text tokens; audio: decoded length; images, videos: sizes, times; crc32-->
+      NAME.tar.index
 
     python -m data.index SHARDS... tokenizer=FOLDER [workers=N]     # skips shards whose index is still good
 
 A sample that cannot be used (no .json, undecodable or empty audio, ...) is left out of the index, and the index
 says why; a tar that cannot be trusted (truncated, damaged, links, paths that leave it) is refused as a whole.
-Cost: the decoding of all audio once, one process for each shard in work.
+Cost: the decoding of all audio, sound and images once, one process for each shard in work; of a video one frame.
 """
 
 from __future__ import annotations
 
 import glob
+import os
 import sys
-import zlib
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+from isal.isal_zlib import crc32
 from tqdm import tqdm
 
-from data.audio import Limits, decode
-from data.chat import count_text_tokens
+from data.audio import decode
+from data.chat import gaps, wrap
+from data.costs import AUDIO, FILM, IMAGE, KINDS, VIDEO
+from data.document import MediaLimits
 from data.errors import BadSample, DataError
-from data.sample import MAX_JSON_BYTES, parse_sample
-from data.shard_index import ShardIndex, header_digest, save_index
-from data.tar import TarMember, group_samples, read_members, read_range
+from data.sample import MAX_JSON_BYTES, Medium, SampleRecord, media_of, parse_sample
+from data.shard_index import ShardIndex, header_digest, headers, save_index
+from data.tar import BLOCK, TarMember, group_samples, read_members, read_range
 from data.tokenizer import Tokenizer, load_tokenizer
+from data.video import measure_video
+from data.vision import measure_image
 
 __all__ = ["ShardIndex", "build_index", "build_indexes", "main"]
 
@@ -45,9 +53,16 @@ class _Columns:
     member_size: list[int] = field(default_factory=list)
     member_crc: list[int] = field(default_factory=list)
     member_extension: list[int] = field(default_factory=list)
-    clip_offsets: list[int] = field(default_factory=lambda: [0])
-    clip_samples: list[int] = field(default_factory=list)
+    media_offsets: list[int] = field(default_factory=lambda: [0])
+    media_kind: list[int] = field(default_factory=list)
+    media_samples: list[int] = field(default_factory=list)
+    media_height: list[int] = field(default_factory=list)
+    media_width: list[int] = field(default_factory=list)
+    media_frames: list[int] = field(default_factory=list)
+    media_seconds: list[float] = field(default_factory=list)
+    media_text: list[int] = field(default_factory=list)
     text_tokens: list[int] = field(default_factory=list)
+    document: list[int] = field(default_factory=list)
     language: list[int] = field(default_factory=list)
     source: list[int] = field(default_factory=list)
     codes: dict[str, dict[str, int]] = field(default_factory=lambda: {"extensions": {}, "languages": {}, "sources": {}})
@@ -57,24 +72,35 @@ class _Columns:
         return self.codes[table].setdefault(name, len(self.codes[table]))
 
 
+class _Size(NamedTuple):
+    """What the index will say of one medium; the fields that a kind does not have are 0."""
+
+    kind: int
+    samples: int = 0
+    height: int = 0
+    width: int = 0
+    frames: int = 0
+    seconds: float = 0.0
+
+
 @dataclass(frozen=True)
 class _Sample:
     """What the index will say of one sample."""
 
-    text_tokens: int
-    clips: list[int]
+    record: SampleRecord
+    gaps: list[int]  # text tokens before, between and after the media
+    wraps: int  # tokens around placeholders
+    sizes: list[_Size]
     members: list[tuple[TarMember, int]]  # with their crc32
-    language: str
-    source: str
 
 
-def build_index(tar: Path, tokenizer: Tokenizer, limits: Limits | None = None) -> ShardIndex:
+def build_index(tar: Path, tokenizer: Tokenizer, limits: MediaLimits | None = None) -> ShardIndex:
     """Read `tar` once and write its index.
 
     Raises DataError for a tar that cannot be trusted or holds no usable sample; samples that cannot be used are
     named in `about["left_out"]`.
     """
-    limits = limits or Limits()
+    limits = limits or MediaLimits()
     groups = group_samples(tar, read_members(tar))
     columns, left_out = _Columns(), []
     with open(tar, "rb") as file:
@@ -92,26 +118,43 @@ def build_index(tar: Path, tokenizer: Tokenizer, limits: Limits | None = None) -
     return ShardIndex.open(tar)
 
 
-def _measure(fd: int, key: str, members: dict[str, TarMember], tokenizer: Tokenizer, limits: Limits) -> _Sample:
+def _measure(fd: int, key: str, members: dict[str, TarMember], tokenizer: Tokenizer, limits: MediaLimits) -> _Sample:
     if "json" not in members:
         raise BadSample(f"has no .json member (found: {', '.join(f'.{name}' for name in sorted(members))})")
     if members["json"].size > MAX_JSON_BYTES:
         raise BadSample(f"its .json has {members['json'].size} bytes, the limit is {MAX_JSON_BYTES}")
     payload = read_range(fd, members["json"].start, members["json"].size)
-    record, extensions = parse_sample(key, payload)
-    used = [(members["json"], zlib.crc32(payload))]
-    lengths: dict[str, int] = {}
-    for extension in dict.fromkeys(extensions):
+    record = parse_sample(key, payload)
+    media = media_of(record)
+    used = [(members["json"], crc32(payload))]
+    sizes: dict[Medium, _Size] = {}
+    for extension in dict.fromkeys(medium.extension for medium in media):
         member = members.get(extension)
         if member is None:
             raise BadSample(f"its .json names .{extension}, which is not there")
         if member.size > limits.max_bytes:
             raise BadSample(f".{extension} has {member.size} bytes, the limit is {limits.max_bytes}")
-        audio = read_range(fd, member.start, member.size)
-        lengths[extension] = len(decode(audio, limits))
-        used.append((member, zlib.crc32(audio)))
-    clips = [lengths[extension] for extension in extensions]
-    return _Sample(count_text_tokens(record.messages, tokenizer), clips, used, record.language, record.source)
+        content = read_range(fd, member.start, member.size)
+        used.append((member, crc32(content)))
+        for medium in set(media):
+            if medium.extension == extension:
+                sizes[medium] = _size(medium, content, limits)
+    runs, wraps = gaps(record, tokenizer), sum(map(wrap, media))
+    return _Sample(record, runs, wraps, [sizes[medium] for medium in media], used)
+
+
+def _size(medium: Medium, payload: bytes, limits: MediaLimits) -> _Size:
+    """Measure a medium; decodes all of audio, sound and images, and the first frame of a video."""
+    if medium.kind == "audio":
+        return _Size(AUDIO, len(decode(payload, limits.audio)))
+    if medium.kind == "image":
+        height, width = measure_image(payload, limits.image, check=True)
+        return _Size(IMAGE, height=height, width=width)
+    film = measure_video(payload, limits.video, sound=medium.sound)
+    if medium.sound and not film.sound_samples:
+        raise BadSample(f'.{medium.extension} has no sound, though its part says "sound": true')
+    kind, samples = (FILM, film.sound_samples) if medium.sound else (VIDEO, 0)
+    return _Size(kind, samples, film.height, film.width, film.frames, film.seconds)
 
 
 def _append(columns: _Columns, key: str, sample: _Sample) -> None:
@@ -123,27 +166,35 @@ def _append(columns: _Columns, key: str, sample: _Sample) -> None:
         columns.member_crc.append(crc)
         columns.member_extension.append(columns.code("extensions", member.extension))
     columns.member_offsets.append(len(columns.member_start))
-    columns.clip_samples += sample.clips
-    columns.clip_offsets.append(len(columns.clip_samples))
-    columns.text_tokens.append(sample.text_tokens)
-    columns.language.append(columns.code("languages", sample.language))
-    columns.source.append(columns.code("sources", sample.source))
+    for size, text in zip(sample.sizes, sample.gaps, strict=False):
+        for name, value in size._asdict().items():
+            getattr(columns, f"media_{name}").append(value)
+        columns.media_text.append(text)
+    columns.media_offsets.append(len(columns.media_kind))
+    columns.text_tokens.append(sum(sample.gaps) + sample.wraps)
+    columns.document.append(bool(sample.record.segments))
+    columns.language.append(columns.code("languages", sample.record.language))
+    columns.source.append(columns.code("sources", sample.record.source))
 
 
 def _about(tar: Path, fd: int, columns: _Columns, tokenizer: Tokenizer, left_out: list[str]) -> dict:
-    offsets = columns.clip_offsets
-    audio = [sum(columns.clip_samples[a:b]) for a, b in zip(offsets, offsets[1:], strict=False)]
+    offsets = np.asarray(columns.media_offsets)
+    kinds = np.asarray(columns.media_kind, np.int64)
+    owners = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+    samples = np.bincount(owners, np.asarray(columns.media_samples), len(offsets) - 1)
+    counts = [np.bincount(owners[kinds == kind], minlength=1).max() for kind in range(len(KINDS))]
+    starts = headers(np.asarray(columns.member_start, np.int64))
+    groups = Counter(zip(columns.source, columns.language, strict=True))
     return {
         "tar_size": tar.stat().st_size,
-        "header_digest": header_digest(fd, np.asarray(columns.member_start, np.int64)),
+        "header_digest": header_digest(starts, [os.pread(fd, BLOCK, start - BLOCK) for start in starts]),
         "tokenizer": tokenizer.fingerprint,
         **{table: list(names) for table, names in columns.codes.items()},
         "left_out": left_out,
+        "groups": [[source, language, count] for (source, language), count in groups.items()],
         "max_text_tokens": max(columns.text_tokens),
-        "max_audio_samples": max(audio),
-        "max_clips": max(b - a for a, b in zip(offsets, offsets[1:], strict=False)),
-        "total_text_tokens": sum(columns.text_tokens),
-        "total_audio_samples": sum(audio),
+        "max_samples": int(samples.max()),
+        "max_media": [int(count) for count in counts],
     }
 
 
@@ -158,7 +209,7 @@ def is_current(tar: Path, tokenizer: Tokenizer) -> bool:
 
 
 def build_indexes(
-    tars: Sequence[Path], tokenizer: Tokenizer, workers: int = 1, limits: Limits | None = None, quiet: bool = False
+    tars: Sequence[Path], tokenizer: Tokenizer, workers: int = 1, limits: MediaLimits | None = None, quiet: bool = False
 ) -> list[str]:
     """Index every tar that has no current index, several at a time; returns a line for each sample left out.
 
@@ -176,7 +227,7 @@ def build_indexes(
 
 
 def _build_in_parallel(
-    tars: Sequence[Path], tokenizer: Tokenizer, workers: int, limits: Limits | None, bar: tqdm
+    tars: Sequence[Path], tokenizer: Tokenizer, workers: int, limits: MediaLimits | None, bar: tqdm
 ) -> None:
     context = get_context("forkserver")  # forking a process that has threads can deadlock
     context.set_forkserver_preload(["__main__", "data.index"])
@@ -191,7 +242,7 @@ def _build_in_parallel(
             raise
 
 
-def _build_quietly(tar: Path, tokenizer: Tokenizer, limits: Limits | None) -> None:
+def _build_quietly(tar: Path, tokenizer: Tokenizer, limits: MediaLimits | None) -> None:
     build_index(tar, tokenizer, limits)  # the index itself need not travel back
 
 

@@ -32,6 +32,8 @@ from data.types import Batch
 
 POLL_S = 2.0  # how soon a dead worker is noticed
 WORKER_TIMEOUT_S = 900.0  # for one pack; a worker that takes longer hangs
+# glibc gives large blocks back at once, and each new picture then faults its pages in anew: a third of decoding time.
+GLIBC = {"MALLOC_MMAP_THRESHOLD_": 32 << 20, "MALLOC_TRIM_THRESHOLD_": 512 << 20}
 
 
 class ShardOf(Protocol):
@@ -56,21 +58,25 @@ def stream(
     stop_step: int,
     workers: int,
     *,
+    origin: int = 0,
     prefetch: int = 4,
     pin_memory: bool = False,
 ) -> Generator[tuple[int, list[Batch]], None, None]:
     """(step, this rank's batches) for the steps from `start_step` to `stop_step` - 1.
 
+    `origin` is the step of the run at which the plan begins.
     Every rank gets ceil(sequences_per_step / count) batches a step, empty ones (T = 0) where packs run out.
     Raises DataError where a shard cannot be read any more or a worker dies. Closing the iterator ends the workers.
     """
     per_step = -(-plan.settings.sequences_per_step // shard.count)
     steps = range(start_step, stop_step)
-    order = _Order(plan, shard, steps, per_step)
+    order = _Order(plan, shard, range(start_step - origin, stop_step - origin), per_step)
     parallel: dict[str, Any] = {}
     if workers > 0:
         context = multiprocessing.get_context("forkserver")
-        modules = {"__main__", "data.loader", reader.num_audio_tokens.__module__, reader.positions.__module__}
+        modules = {"__main__", "data.loader", type(reader.layout).__module__}
+        for name, size in GLIBC.items():
+            os.environ.setdefault(name, str(size))  # for processes to come: this one has read its own
         context.set_forkserver_preload(sorted(modules))  # imported once for all workers: torch alone takes seconds
         parallel = {"multiprocessing_context": context, "prefetch_factor": prefetch, "timeout": POLL_S}
     loader = DataLoader(

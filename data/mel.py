@@ -3,7 +3,7 @@
     wave [S] --reflect pad--> blocks: STFT, power, mel filters, log10 --> clamp at the clip's maximum - 8
 
 Windows of 25 ms (400 samples, Hann) every 10 ms (160), 128 Slaney mel filters over 0-8 kHz. A clip is never
-cut at 30 seconds, and is worked through in blocks, so memory is the result plus a few MB. Cost: about 0.3 ms
+cut at 30 seconds, and is worked through in blocks, so memory is the result plus about 10 MB. Cost: about 0.3 ms
 a second of audio. Frame for frame equal to transformers' WhisperFeatureExtractor(feature_size=128), whose
 last frame is dropped too.
 
@@ -21,7 +21,7 @@ from data.errors import BadSample
 NUM_MELS = 128
 HOP = 160
 WINDOW = 400
-_BLOCK_FRAMES = 4096
+_BLOCK_FRAMES = 1024
 
 
 def num_frames(num_samples: int) -> int:
@@ -37,16 +37,26 @@ def log_mel(wave_S: np.ndarray, block_frames: int = _BLOCK_FRAMES) -> torch.Tens
     if len(wave_S) < MIN_SAMPLES:
         raise BadSample(f"audio is too short: {len(wave_S)} samples, log-mel needs at least {MIN_SAMPLES}")
     frames = num_frames(len(wave_S))
-    padded_S = torch.from_numpy(np.pad(wave_S.astype(np.float32, copy=False), WINDOW // 2, mode="reflect"))
+    wave_S = wave_S.astype(np.float32, copy=False)
     window, filters_MK = torch.hann_window(WINDOW), mel_filters()
     mel_FM = torch.empty(frames, NUM_MELS)
     for first in range(0, frames, block_frames):
         last = min(first + block_frames, frames)
-        piece_S = padded_S[first * HOP : (last - 1) * HOP + WINDOW]
-        spectrum_KF = torch.stft(piece_S, WINDOW, HOP, window=window, center=False, return_complex=True)
+        piece_S = _reflected(wave_S, first * HOP - WINDOW // 2, (last - 1) * HOP + WINDOW // 2)
+        spectrum_KF = torch.stft(
+            torch.from_numpy(piece_S), WINDOW, HOP, window=window, center=False, return_complex=True
+        )
         power_MF = filters_MK @ spectrum_KF.abs().square()
         mel_FM[first:last] = power_MF.clamp_min(1e-10).log10().T
     return mel_FM.clamp_min_(mel_FM.max() - 8.0).add_(4.0).div_(4.0)
+
+
+def _reflected(wave_S: np.ndarray, start: int, stop: int) -> np.ndarray:
+    """Samples `start` to `stop`, by up to half a window beyond the clip's ends, where it is mirrored."""
+    piece_S = wave_S[max(start, 0) : stop]
+    before_S, after = wave_S[max(-start, 0) : 0 : -1], stop - len(wave_S)
+    after_S = wave_S[-2 : -2 - after : -1] if after > 0 else wave_S[:0]
+    return np.concatenate([before_S, piece_S, after_S])
 
 
 @functools.cache

@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from data.errors import BadSample
-from data.mel import HOP
+from data.chat import answer_text
 from data.reader import Reader, open_sample
 from data.types import Batch
 
@@ -37,17 +36,12 @@ class PromptSet:
 
     def prompt(self, sample: int) -> Prompt:
         """Key, language and reference of a sample. Raises BadSample where its bytes are damaged."""
-        record, _, _ = open_sample(self._corpus, sample, self.reader.limits)
-        last = record.messages[-1]
-        if last["role"] != "assistant":
-            raise BadSample("its last turn is not the assistant's: there is nothing to compare with")
-        content = last["content"]
-        text = content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
-        return Prompt(self._corpus.name(sample), record.language or "unknown", text)
+        record, _ = open_sample(self._corpus, sample, self.reader.limits.max_bytes)
+        return Prompt(record.key, record.language or "unknown", answer_text(record))
 
     def groups(self, samples: Sequence[int], max_tokens: int) -> list[list[int]]:
         """Samples put together by length, shortest first, at most `max_tokens` prompt tokens in a group."""
-        costs = {sample: self._tokens(sample) for sample in samples}
+        costs = {sample: self.reader.prompt_tokens(sample) for sample in samples}
         groups: list[list[int]] = []
         room = 0
         for sample in sorted(samples, key=lambda sample: (costs[sample], sample)):
@@ -61,9 +55,3 @@ class PromptSet:
     def load(self, samples: Sequence[int]) -> tuple[Batch, list[int]]:
         """The prompts of a group and which of its samples could be read."""
         return self.reader.prompts(samples)
-
-    def _tokens(self, sample: int) -> int:
-        shard, row = self._corpus.locate(sample)
-        index = self._corpus.index(shard)
-        audio = sum(int(self.reader.num_audio_tokens(clip // HOP)) for clip in index.clip_samples(row))
-        return audio + int(index.columns["text_tokens"][row])

@@ -1,51 +1,68 @@
 """One sample as it lies in a shard: KEY.json beside the media members of the same key.
 
-    {"messages": [{"role": "user", "content": [{"type": "audio", "audio": "flac"}, {"type": "text", "text": "?"}]},
-                  {"role": "assistant", "content": "seven"}],
-     "language": "en", "source": "fsdd", "speaker": "george"}
+    conversation  {"messages": [{"role": "user", "content": [{"type": "audio", "audio": "flac"},
+                                                             {"type": "text", "text": "What is said?"}]},
+                                {"role": "assistant", "content": "seven"}],
+                   "language": "en", "source": "fsdd", "speaker": "george"}
+    document      {"segments": [{"type": "text", "text": "A storm comes up."},
+                                {"type": "video", "video": "mp4", "sound": true}], "source": "films"}
 
-A part's "audio" names the extension of a member of the same key: KEY.flac here. Only the JSON and the members that
-it names are ever opened, and only where their extension is on the list below; all else in a tar is dead weight.
+A part names the extension of a member of the same key: KEY.flac, KEY.mp4. With "sound" a film's own sound is heard in
+step with its frames. Only the JSON and the members that it names are ever opened, and only where their extension is on
+the lists below; all else in a tar is dead weight.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
-from data.chat import audio_parts, check_messages
+from data.audio import EXTENSIONS as AUDIO_EXTENSIONS
 from data.errors import BadSample
+from data.tokenizer import ROLES
+from data.video import EXTENSIONS as VIDEO_EXTENSIONS
+from data.vision import EXTENSIONS as IMAGE_EXTENSIONS
 
-AUDIO_EXTENSIONS = ("wav", "flac", "mp3", "opus", "ogg")
+EXTENSIONS = {"audio": AUDIO_EXTENSIONS, "image": IMAGE_EXTENSIONS, "video": VIDEO_EXTENSIONS}
 MAX_JSON_BYTES = 16 << 20
-MAX_CLIPS = 4096
+MAX_MEDIA = 4096
 _ABOUT = ("language", "source", "speaker")
+_PART_KEYS = {"text": {"text", "loss"}, "audio": {"audio"}, "image": {"image"}, "video": {"video", "sound"}}
+
+Part = Mapping[str, Any]
+
+
+class Medium(NamedTuple):
+    """A part that is not text."""
+
+    kind: str  # "audio", "image" or "video"
+    extension: str  # of the member that holds it
+    sound: bool = False  # of a video: its sound is heard with it
 
 
 @dataclass(frozen=True)
 class SampleRecord:
-    """A sample with its media still encoded."""
+    """A sample with its media still encoded: a conversation (`messages`) or a document (`segments`)."""
 
     key: str
-    messages: Sequence[Mapping[str, Any]]
-    audio: Mapping[str, bytes] = field(default_factory=dict)  # by member extension, "flac" or "0.flac"
+    messages: Sequence[Mapping[str, Any]] = ()
+    media: Mapping[str, bytes] = field(default_factory=dict)  # by member extension, "flac" or "0.flac"
     language: str = ""
     source: str = ""
     speaker: str = ""
+    segments: Sequence[Part] = ()
 
     def to_json(self) -> bytes:
         """The bytes of the sample's .json member."""
+        content = {"messages": self.messages} if self.messages else {"segments": self.segments}
         about = {name: value for name in _ABOUT if (value := getattr(self, name))}
-        return json.dumps({"messages": self.messages, **about}, ensure_ascii=False).encode()
+        return json.dumps(content | about, ensure_ascii=False).encode()
 
 
-def parse_sample(key: str, payload: bytes) -> tuple[SampleRecord, list[str]]:
-    """The record of a .json member, without media, and the extensions of its clips in order of the messages.
-
-    Raises BadSample where the bytes are not such a sample.
-    """
+def parse_sample(key: str, payload: bytes) -> SampleRecord:
+    """The record of a .json member, without media. Raises BadSample where the bytes are not such a sample."""
     if len(payload) > MAX_JSON_BYTES:
         raise BadSample(f"its .json has {len(payload)} bytes, the limit is {MAX_JSON_BYTES}")
     try:
@@ -56,21 +73,107 @@ def parse_sample(key: str, payload: bytes) -> tuple[SampleRecord, list[str]]:
         raise BadSample(f"its .json cannot be read: {error}") from None
     if not isinstance(content, dict):
         raise BadSample("its .json is not an object")
-    check_messages(content.get("messages"))
     about = {}
     for name in _ABOUT:
         about[name] = content.get(name, "")
         if not isinstance(about[name], str) or len(about[name]) > 200:
             raise BadSample(f'"{name}" must be a string of at most 200 characters')
-    clips = audio_parts(content["messages"])
-    if len(clips) > MAX_CLIPS:
-        raise BadSample(f"it has {len(clips)} audio parts, the limit is {MAX_CLIPS}")
-    for extension in clips:
-        check_extension(extension)
-    return SampleRecord(key, content["messages"], {}, **about), clips
+    if ("messages" in content) == ("segments" in content):
+        raise BadSample('its .json needs either "messages" or "segments"')
+    record = SampleRecord(key, content.get("messages", ()), {}, **about, segments=content.get("segments", ()))
+    check_record(record)
+    return record
 
 
-def check_extension(extension: str) -> None:
-    """Raise BadSample unless a member of this extension may be decoded as audio."""
-    if extension.rpartition(".")[2] not in AUDIO_EXTENSIONS or "/" in extension:
-        raise BadSample(f'audio names member "{extension[:40]}"; known are {", ".join(AUDIO_EXTENSIONS)}')
+def check_record(record: SampleRecord) -> None:
+    """Raise BadSample, with the place, unless the record is a conversation or a document."""
+    if record.segments:
+        check_segments(record.segments)
+    else:
+        check_messages(record.messages)
+    media = media_of(record)
+    if len(media) > MAX_MEDIA:
+        raise BadSample(f"it has {len(media)} media parts, the limit is {MAX_MEDIA}")
+    for medium in media:
+        check_extension(medium)
+
+
+def check_messages(messages: Any) -> None:
+    """Raise BadSample, with the place, unless `messages` is a conversation."""
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        raise BadSample('"messages" must be a list with at least one message')
+    for i, message in enumerate(messages):
+        where = f"messages[{i}]"
+        if not isinstance(message, Mapping):
+            raise BadSample(f"{where} must be an object with role and content")
+        if message.get("role") not in ROLES:
+            raise BadSample(f"{where}.role is {message.get('role')!r}, must be one of {', '.join(ROLES)}")
+        if not isinstance(message.get("loss", True), bool):
+            raise BadSample(f"{where}.loss is {message['loss']!r}, must be true or false")
+        unknown = set(message) - {"role", "content", "loss"}
+        if unknown:
+            raise BadSample(f"{where} has unknown keys: {', '.join(sorted(map(str, unknown)))}")
+        content = message.get("content")
+        if isinstance(content, str):
+            continue
+        if not isinstance(content, Sequence):
+            raise BadSample(f"{where}.content must be text or a list of parts")
+        for j, part in enumerate(content):
+            kind = _check_part(part, f"{where}.content[{j}]")
+            if kind != "text" and message["role"] == "assistant":
+                raise BadSample(f"{where}.content[{j}]: an assistant turn holds text only, media belong to other turns")
+            if "loss" in part:
+                raise BadSample(f'{where}.content[{j}]: "loss" belongs to the turn, not to its parts')
+
+
+def check_segments(segments: Any) -> None:
+    """Raise BadSample, with the place, unless `segments` is a document."""
+    if not isinstance(segments, Sequence) or isinstance(segments, str) or not segments:
+        raise BadSample('"segments" must be a list with at least one part')
+    for i, part in enumerate(segments):
+        _check_part(part, f"segments[{i}]")
+
+
+def check_extension(medium: Medium) -> None:
+    """Raise BadSample unless a member of this extension may be decoded as such a medium."""
+    kind, extension = medium.kind, medium.extension
+    if extension.rpartition(".")[2] not in EXTENSIONS[kind] or "/" in extension:
+        raise BadSample(f'{kind} names member "{extension[:40]}"; known are {", ".join(EXTENSIONS[kind])}')
+
+
+def parts_of(content: str | Sequence[Part]) -> Sequence[Part]:
+    """A turn's content as parts."""
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def all_parts(record: SampleRecord) -> Iterator[Part]:
+    """Every part of a record, in order."""
+    yield from record.segments
+    for message in record.messages:
+        yield from parts_of(message["content"])
+
+
+def media_of(record: SampleRecord) -> list[Medium]:
+    """The media parts of a record, in order."""
+    return [medium_of(part) for part in all_parts(record) if part["type"] != "text"]
+
+
+def medium_of(part: Part) -> Medium:
+    """A part that is not text, as a Medium."""
+    return Medium(part["type"], part[part["type"]], part.get("sound", False))
+
+
+def _check_part(part: Any, where: str) -> str:
+    """The kind of a part; raises BadSample for one that is none."""
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind not in _PART_KEYS:
+        raise BadSample(f'{where}.type is {kind!r}, must be "text", "audio", "image" or "video"')
+    if not isinstance(part.get(kind), str):
+        raise BadSample(f"{where}.{kind} is missing or not a string")
+    unknown = set(part) - _PART_KEYS[kind] - {"type"}
+    if unknown:
+        raise BadSample(f"{where} has unknown keys: {', '.join(sorted(map(str, unknown)))}")
+    for flag in ("loss", "sound"):
+        if not isinstance(part.get(flag, True), bool):
+            raise BadSample(f"{where}.{flag} is {part[flag]!r}, must be true or false")
+    return kind

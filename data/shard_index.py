@@ -3,49 +3,70 @@
     NAME.tar.index (safetensors) --mmap--> ShardIndex --costs--> plan
                                                       --byte ranges--> pread + crc32 --> bytes of one sample
 
-Columns: N samples, M members that samples use, C clips in order of the messages. About 100 bytes a sample.
-Cost: opening 0.2 ms, `verify` one read of 512 bytes for at most 64 members, never the tar as a whole.
+Columns: N samples, B members that samples use, M media in order of the sample's parts. About 100 bytes a sample, and 45
+more for each medium. Cost: opening 0.2 ms, `verify` one read of 512 bytes for at most 16 members, never the tar as a
+whole.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
+import mmap
 import struct
-import zlib
-from collections.abc import Mapping
-from io import FileIO
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import safetensors
+from isal.isal_zlib import crc32  # the same as zlib's in a tenth of the time
 from safetensors.numpy import save
 
+from data.costs import FILM, Costs
 from data.errors import BadSample, DataError
 from data.files import write_atomically
-from data.tar import BLOCK, read_range
+from data.store import Missing, Store, StoreSettings
+from data.tar import BLOCK
 
-FORMAT = "omniloom-index-1"
-MAX_HEADERS = 64  # tar headers behind the digest: enough to notice another tar of the same size
+FORMAT = "omniloom-index-2"
+MAX_HEADERS = 16  # tar headers behind the digest: enough to notice another tar of the same size
 
 COLUMNS = {
     "key_offsets": np.int64,  # N + 1; sample i's key is key_bytes[key_offsets[i] : key_offsets[i + 1]]
     "key_bytes": np.uint8,
     "member_offsets": np.int64,  # N + 1; sample i's members are rows member_offsets[i] to [i + 1]
-    "member_start": np.int64,  # M; where the member's bytes start in the tar
-    "member_size": np.int64,  # M
-    "member_crc": np.uint32,  # M; crc32 of the member's bytes
-    "member_extension": np.uint16,  # M; code into about["extensions"]
-    "clip_offsets": np.int64,  # N + 1; sample i's clips are rows clip_offsets[i] to [i + 1]
-    "clip_samples": np.int64,  # C; at 16 kHz, after decoding
-    "text_tokens": np.int32,  # N; without audio placeholders
+    "member_start": np.int64,  # B; where the member's bytes start in the tar
+    "member_size": np.int64,  # B
+    "member_crc": np.uint32,  # B; crc32 of the member's bytes
+    "member_extension": np.uint16,  # B; code into about["extensions"]
+    "media_offsets": np.int64,  # N + 1; sample i's media are rows media_offsets[i] to [i + 1]
+    "media_kind": np.uint8,  # M; data.costs.AUDIO, IMAGE, VIDEO or FILM
+    "media_samples": np.int64,  # M; of audio and of sound, at 16 kHz, after decoding
+    "media_height": np.int32,  # M; pixels of an image or video, upright
+    "media_width": np.int32,  # M
+    "media_frames": np.int32,  # M; frames that a video has
+    "media_seconds": np.float64,  # M; that a video lasts
+    "media_text": np.int32,  # M; text tokens between the medium before and this one
+    "text_tokens": np.int32,  # N; all tokens but placeholders
+    "document": np.uint8,  # N; 1 a document, 0 a conversation
     "language": np.uint16,  # N; code into about["languages"]
     "source": np.uint16,  # N; code into about["sources"]
 }
-_RAGGED = {"key_offsets": "key_bytes", "member_offsets": "member_start", "clip_offsets": "clip_samples"}
-_COSTS = ("text_tokens", "clip_offsets", "clip_samples")
+# as safetensors names them
+_KINDS = {"U8": "u1", "U16": "<u2", "U32": "<u4", "I32": "<i4", "I64": "<i8", "F64": "<f8"}
+_RAGGED = {"key_offsets": "key_bytes", "member_offsets": "member_start", "media_offsets": "media_kind"}
+_MEMBERS = ("member_size", "member_crc", "member_extension")
+_MEDIA = (
+    "media_samples",
+    "media_height",
+    "media_width",
+    "media_frames",
+    "media_seconds",
+    "media_text",
+)
+_SAMPLES = ("document", "language", "source")
+_COSTS = ("text_tokens", "document", "media_offsets", "media_kind", *_MEDIA)
 _ABOUT = {  # metadata besides the columns, and its types
     "format": str,
     "tar_size": int,
@@ -56,11 +77,10 @@ _ABOUT = {  # metadata besides the columns, and its types
     "languages": list,
     "sources": list,
     "left_out": list,  # one line for each sample of the tar that cannot be used
-    "max_text_tokens": int,  # of one sample, as are the next two: an upper bound of its length without a scan
-    "max_audio_samples": int,
-    "max_clips": int,
-    "total_text_tokens": int,
-    "total_audio_samples": int,
+    "groups": list,  # [code of source, code of language, samples] of each pair that occurs
+    "max_text_tokens": int,  # of one sample, as are the next two: upper bounds of its length without a scan
+    "max_samples": int,  # of audio and sound together
+    "max_media": list,  # media of each of data.costs.KINDS
 }
 
 
@@ -69,33 +89,42 @@ def index_path(tar: Path) -> Path:
     return tar.with_name(tar.name + ".index")
 
 
-class ShardIndex:
-    """An open index and, from the first read on, its open tar.  Use `ShardIndex.open`."""
+def index_location(tar: str) -> str:
+    """Where the index of a shard lies, a path or an address."""
+    scheme, query, rest = tar.partition("?")  # what follows a question mark in an address names no file
+    return f"{scheme}.index{query}{rest}"
 
-    def __init__(self, tar: Path, about: Mapping[str, Any], columns: Mapping[str, np.ndarray]) -> None:
-        self.tar = tar
+
+class ShardIndex:
+    """An open index. Use `ShardIndex.open`."""
+
+    def __init__(
+        self, tar: str | Path, about: Mapping[str, Any], columns: Mapping[str, np.ndarray], store: Store | None = None
+    ) -> None:
+        self.tar = str(tar)  # a path or an address
         self.about = about
         self.columns = columns
         self.num_samples = len(columns.get("text_tokens", ()))
-        self._file: FileIO | None = None
+        self._store = store or Store(StoreSettings(cache_gb=0))
 
     @classmethod
-    def open(cls, tar: Path) -> ShardIndex:
+    def open(cls, tar: str | Path, store: Store | None = None) -> ShardIndex:
         """Map the index beside `tar`. Raises DataError where it is missing, damaged or of another format."""
-        path = index_path(tar)
-        if not path.exists():
-            raise DataError(f"{tar}: has no index; make it with: python -m data.index {tar} tokenizer=FOLDER")
+        store = store or Store(StoreSettings(cache_gb=0))
+        path = index_location(str(tar))
         try:
-            with safetensors.safe_open(path, "pt") as file:  # torch maps the file, numpy would copy it
-                metadata = file.metadata() or {}
-                columns = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118
+            columns, metadata = _mapped(store.local_copy(path))
             about = json.loads(metadata.get("omniloom", "{}"))
-        except (safetensors.SafetensorError, OSError, ValueError, TypeError, RecursionError) as error:
+        except (Missing, FileNotFoundError):
+            raise DataError(f"{tar}: has no index; make it with: python -m data.index {tar} tokenizer=FOLDER") from None
+        except DataError:
+            raise
+        except (safetensors.SafetensorError, OSError, ValueError, TypeError, KeyError, RecursionError) as error:
             raise DataError(f"{path}: damaged index ({error}); run python -m data.index again") from None
         if not isinstance(about, dict) or about.get("format") != FORMAT:
             found = about.get("format") if isinstance(about, dict) else None
             raise DataError(f"{path}: index has format {found}, needed is {FORMAT}; run python -m data.index")
-        index = cls(tar, about, columns)
+        index = cls(tar, about, columns, store)
         if problem := _problem(about, columns):
             raise index._damaged(problem)
         return index
@@ -103,39 +132,66 @@ class ShardIndex:
     def verify(self) -> None:
         """Raise DataError unless the tar is the one that the index was made from: size and sampled headers."""
         try:
-            size = self.tar.stat().st_size
-        except FileNotFoundError:
+            size = self._store.size(self.tar)
+        except Missing:
             raise DataError(f"{self.tar}: no such shard") from None
         expected = self.about["tar_size"]
         if size < expected:
             raise DataError(f"{self.tar}: truncated: {size} bytes, its index was made from {expected}")
-        if size > expected or self.header_digest(self.columns["member_start"]) != self.about["header_digest"]:
+        if size > expected or self._header_digest() != self.about["header_digest"]:
             raise DataError(f"{self.tar}: changed since its index was made; run python -m data.index")
 
-    def header_digest(self, starts: np.ndarray) -> str:
-        """SHA-256 over offset and tar header of up to MAX_HEADERS evenly spaced members."""
-        return header_digest(self._fileno(), starts)
+    def _header_digest(self) -> str:
+        starts = headers(self.columns["member_start"])
+        if not all(0 <= start <= self.about["tar_size"] for start in starts):
+            raise self._damaged("a member lies outside its tar")
+        ranges = [(max(start - BLOCK, 0), min(start, BLOCK)) for start in starts]
+        return header_digest(starts, self._store.read_many(self.tar, ranges, direct=True))
 
-    def costs(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of samples `first` to `last` - 1: text tokens (int64 [n]), clips of each (int64 [n]), samples of each clip.
-
-        Raises DataError where the columns make no sense.
-        """
-        text = self.columns["text_tokens"][first:last].astype(np.int64)
-        offsets = self.columns["clip_offsets"][first : last + 1]
-        clips = self.columns["clip_samples"][offsets[0] : offsets[-1]]
-        num_clips = np.diff(offsets)
-        if len(clips) != num_clips.sum() or min(text.min(), num_clips.min(), clips.min(initial=0)) < 0:
+    def costs(self, rows: np.ndarray | slice) -> Costs:
+        """What the samples of `rows` cost. Raises DataError where the columns make no sense."""
+        columns = self.columns
+        if isinstance(rows, slice):
+            first, last, _ = rows.indices(self.num_samples)
+            offsets = columns["media_offsets"][first : last + 1]
+            counts, media = np.diff(offsets), slice(offsets[0], offsets[-1])
+        else:
+            starts = columns["media_offsets"][rows]
+            counts = columns["media_offsets"][rows + 1] - starts
+            media = None if counts.min(initial=0) < 0 else ranges(starts, counts)
+        if media is None or counts.min(initial=0) < 0:
+            raise self._damaged("media_offsets go back")
+        taken = {name: columns[name][media] for name in ("media_kind", *_MEDIA)}
+        text = columns["text_tokens"][rows]
+        seconds = taken.pop("media_seconds")
+        lowest = min(text.min(initial=0), *(values.min(initial=0) for values in taken.values()))
+        if (
+            len(taken["media_kind"]) != counts.sum()
+            or lowest < 0
+            or taken["media_kind"].max(initial=0) > FILM
+            or not np.isfinite(seconds).all()
+        ):
             raise self._damaged("a cost is out of bounds")
-        return text, num_clips, clips
+        return Costs(
+            text_tokens_N=text.astype(np.int64),
+            document_N=columns["document"][rows] != 0,
+            owner_M=np.repeat(np.arange(len(text)), counts),
+            kind_M=taken["media_kind"],
+            samples_M=taken["media_samples"],
+            height_M=taken["media_height"].astype(np.int64),
+            width_M=taken["media_width"].astype(np.int64),
+            frames_M=taken["media_frames"].astype(np.int64),
+            seconds_M=seconds,
+            text_before_M=taken["media_text"].astype(np.int64),
+        )
+
+    def media_samples(self, row: int) -> list[int]:
+        """Samples at 16 kHz of each medium of sample `row`, 0 for what is not heard."""
+        return self._slice("media_offsets", "media_samples", row).tolist()
 
     def key(self, row: int) -> str:
         """Key of sample `row`."""
         return self._slice("key_offsets", "key_bytes", row).tobytes().decode(errors="replace")
-
-    def clip_samples(self, row: int) -> list[int]:
-        """Samples at 16 kHz of each clip of sample `row`."""
-        return self._slice("clip_offsets", "clip_samples", row).tolist()
 
     def name(self, kind: str, row: int) -> str:
         """The sample's name of a `kind`: "language" or "source"."""
@@ -146,20 +202,26 @@ class ShardIndex:
 
         Raises BadSample for bytes that are missing, too many or changed.
         """
-        columns, members = self.columns, {}
-        bounds = columns["member_offsets"][row : row + 2]
-        for member in range(len(columns["member_start"]))[bounds[0] : bounds[1]]:
+        columns, names, wanted = self.columns, [], []
+        first, last = columns["member_offsets"][row : row + 2].tolist()
+        for member in range(len(columns["member_start"]))[first:last]:
             extension = self._decode("extensions", columns["member_extension"][member])
             start, size = int(columns["member_start"][member]), int(columns["member_size"][member])
             if size > max_bytes:
                 raise BadSample(f".{extension} has {size} bytes, the limit is {max_bytes}")
             if start < 0 or size < 0:
                 raise self._damaged(f"member {member} lies at {start}, {size}")
-            payload = read_range(self._fileno(), start, size)
-            if zlib.crc32(payload) != columns["member_crc"][member]:
-                raise BadSample(f".{extension} has changed since its index was made (crc32 differs)")
-            members[extension] = payload
-        return members
+            names.append(extension)
+            wanted.append((start, size))
+        sums = columns["member_crc"][first:last].tolist()
+        payloads = self._store.read_many(self.tar, wanted)
+        if list(map(crc32, payloads)) != sums:
+            self._store.forget(self.tar, wanted)  # what was kept of a remote shard may have rotted
+            payloads = self._store.read_many(self.tar, wanted)
+            for extension, payload, crc in zip(names, payloads, sums, strict=True):
+                if crc32(payload) != crc:
+                    raise BadSample(f".{extension} has changed since its index was made (crc32 differs)")
+        return dict(zip(names, payloads, strict=True))
 
     def _slice(self, offsets: str, values: str, row: int) -> np.ndarray:
         first, last = self.columns[offsets][row : row + 2]
@@ -171,15 +233,13 @@ class ShardIndex:
         return self.about[table][code]
 
     def _damaged(self, problem: str) -> DataError:
-        return DataError(f"{index_path(self.tar)}: damaged index ({problem}); run python -m data.index again")
+        return DataError(f"{index_location(self.tar)}: damaged index ({problem}); run python -m data.index again")
 
-    def _fileno(self) -> int:
-        if self._file is None:
-            try:
-                self._file = FileIO(self.tar)
-            except OSError as error:
-                raise DataError(f"{self.tar}: cannot be read: {error.strerror}") from None
-        return self._file.fileno()
+
+def ranges(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """starts[0], starts[0] + 1, ... (sizes[0] of them), starts[1], ... as one array."""
+    ends = np.cumsum(sizes)
+    return np.repeat(starts - ends + sizes, sizes) + np.arange(ends[-1] if len(ends) else 0)
 
 
 def save_index(tar: Path, about: Mapping[str, Any], columns: Mapping[str, Any]) -> None:
@@ -191,13 +251,32 @@ def save_index(tar: Path, about: Mapping[str, Any], columns: Mapping[str, Any]) 
     write_atomically(index_path(tar), save(arrays, metadata=metadata))
 
 
-def header_digest(fd: int, starts: np.ndarray) -> str:
-    """SHA-256 over offset and tar header of up to MAX_HEADERS members, evenly spaced among `starts`."""
-    digest = hashlib.sha256()
+def _mapped(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Columns and metadata of a safetensors file, mapped; its own reader takes 40 us for each column."""
+    with safetensors.safe_open(path, "np") as file:  # checks that header and file agree
+        metadata = file.metadata() or {}
+    with open(path, "rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    start = 8 + int.from_bytes(mapped[:8], "little")
+    columns = {}
+    for name, about in json.loads(mapped[8:start]).items():
+        if name != "__metadata__":
+            kind, (first, last) = np.dtype(_KINDS[about["dtype"]]), about["data_offsets"]
+            columns[name] = np.frombuffer(mapped, kind, (last - first) // kind.itemsize, start + first)
+    return columns, metadata
+
+
+def headers(starts: np.ndarray) -> list[int]:
+    """Where up to MAX_HEADERS members begin, evenly spaced among `starts`: what the digest looks at."""
     count = min(len(starts), MAX_HEADERS)
-    for i in range(count):
-        start = int(starts[i * len(starts) // count])
-        digest.update(struct.pack("<q", start) + os.pread(fd, BLOCK, max(start - BLOCK, 0)))
+    return [int(starts[i * len(starts) // count]) for i in range(count)]
+
+
+def header_digest(starts: Sequence[int], blocks: Sequence[bytes]) -> str:
+    """SHA-256 over where members begin and the tar headers in front of them."""
+    digest = hashlib.sha256()
+    for start, block in zip(starts, blocks, strict=True):
+        digest.update(struct.pack("<q", start) + block)
     return digest.hexdigest()
 
 
@@ -216,8 +295,8 @@ def _problem(about: Mapping[str, Any], columns: Mapping[str, np.ndarray]) -> str
         offsets = columns[name]
         if len(offsets) != samples + 1 or offsets[0] != 0 or offsets[-1] != len(columns[values]):
             return f"column {name} does not fit {values}"
-    if any(len(columns[name]) != members for name in ("member_size", "member_crc", "member_extension")):
-        return "columns of members differ in length"
-    if any(len(columns[name]) != samples for name in ("language", "source")):
-        return "columns of samples differ in length"
+    lengths = dict.fromkeys(_MEMBERS, members) | dict.fromkeys(_MEDIA, len(columns["media_kind"]))
+    for name, length in (lengths | dict.fromkeys(_SAMPLES, samples)).items():
+        if len(columns[name]) != length:
+            return f"column {name} has {len(columns[name])} rows, not {length}"
     return None

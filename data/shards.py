@@ -9,24 +9,23 @@ from __future__ import annotations
 
 import itertools
 import os
-import re
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from webdataset.writer import TarWriter
 
-from data.audio import Limits
+from data.document import MediaLimits
 from data.errors import BadSample, DataError
 from data.files import publish
 from data.index import build_indexes
-from data.sample import SampleRecord, check_extension
+from data.sample import SampleRecord, check_record
 from data.shard_index import ShardIndex
+from data.sources import check_key
 from data.tokenizer import Tokenizer
 
-__all__ = ["SampleRecord", "WriteReport", "write_shards"]
-
-_KEY = re.compile(r"[^./\\\s][^./\\\n\r\0]{0,199}")  # a dot would end the key, a slash would open a folder
+__all__ = ["SampleRecord", "WriteReport", "write_shards", "write_tar"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ def write_shards(
     *,
     prefix: str = "shard",
     workers: int = 1,
-    limits: Limits | None = None,
+    limits: MediaLimits | None = None,
     quiet: bool = True,
 ) -> WriteReport:
     """Write `records` to `folder` and index them in `workers` processes.
@@ -61,9 +60,8 @@ def write_shards(
     paths = []
     keys: set[str] = set()
     waiting = iter(records)
-    while chunk := list(itertools.islice(_checked(waiting, keys), samples_per_shard)):
-        paths.append(folder / f"{prefix}-{len(paths):06d}.tar")
-        _write_tar(paths[-1], chunk)
+    while write_tar(path := folder / f"{prefix}-{len(paths):06d}.tar", _checked(waiting, keys), samples_per_shard):
+        paths.append(path)
     if not paths:
         raise DataError(f"{folder}: there is no sample to write")
     left_out = build_indexes(paths, tokenizer, workers, limits, quiet)
@@ -72,28 +70,39 @@ def write_shards(
 
 def _checked(records: Iterator[SampleRecord], keys: set[str]) -> Iterator[SampleRecord]:
     for record in records:
-        if not _KEY.fullmatch(record.key):
-            raise DataError(f"key {record.key[:80]!r}: needs 1 to 200 characters without dots, slashes, line ends")
         if record.key in keys:
             raise DataError(f"key {record.key!r} occurs twice; keys name samples and must differ")
         keys.add(record.key)
-        for extension in record.audio:
-            try:
-                check_extension(extension)
-            except BadSample as error:
-                raise DataError(f"{record.key}: {error.reason}") from None
+        try:
+            check_key(record.key)
+            check_record(record)
+        except BadSample as error:
+            raise DataError(f"{record.key[:80]}: {error.reason}") from None
         yield record
 
 
-def _write_tar(path: Path, records: list[SampleRecord]) -> None:
+def write_tar(path: Path, records: Iterator[SampleRecord], max_samples: int, max_bytes: int = sys.maxsize) -> int:
+    """Take records and write them to one tar, until it has `max_samples` or `max_bytes`; returns how many.
+
+    The tar appears when it is whole; where there is no record, there is none. Keys must differ and be fit for a tar.
+    """
+    first = next(records, None)
+    if first is None:
+        return 0
+    count, size = 0, 0
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             with TarWriter(file, encoder=False, mtime=0, user="", group="") as writer:
-                for record in records:
-                    writer.write({"__key__": record.key, "json": record.to_json(), **record.audio})
+                for record in itertools.chain([first], records):
+                    members = {"json": record.to_json(), **record.media}
+                    writer.write({"__key__": record.key, **members})
+                    count, size = count + 1, size + sum(map(len, members.values()))
+                    if count == max_samples or size >= max_bytes:
+                        break
             file.flush()
             os.fsync(file.fileno())
         publish(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+    return count

@@ -1,56 +1,80 @@
-"""Where a converter's samples come from: one list of light items for each split, audio read only when written.
+"""What every converter has in common: rows of a source become items, whose media are read only when written.
 
-    folder or tar of {label}_{speaker}_{n}.wav | manifest.jsonl | datasets on disk --> {split: Source} -->
-    SampleRecord...
+    source --spans--> rows of one job --read--> Item: JSON of a sample + how to read its media --load--> SampleRecord
 
-Cost: the texts stay in memory, the audio never does. Nothing is extracted from a tar: members are read by
-byte range, and links, devices and paths that leave the tar are refused.
+A source is one split. Its first pass finds where each job's rows start, so any process can read any job's rows alone,
+and memory does not grow with the source. Media are files in one folder: a path that leaves it, a link, an address or
+a device is not opened. A row that cannot be used says why, as "reason: details", and where it stands.
 """
 
-import itertools
-import json
+from __future__ import annotations
+
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import stat
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
-import numpy as np
-
-from data.audio import Limits
-from data.chat import check_messages, rendered_texts, transcription
 from data.errors import BadSample, DataError
-from data.sample import AUDIO_EXTENSIONS, SampleRecord
-from data.tar import read_members, read_range
+from data.sample import EXTENSIONS, MAX_JSON_BYTES, SampleRecord, check_record
 
-MAX_LINE_BYTES = 16 << 20
+MAX_MEDIA_BYTES = 1 << 30
+MAX_KEY = 200
+INSTRUCTIONS = {"audio": "Transcribe.", "image": "Describe the image.", "video": "Describe the video."}
+_KEY = re.compile(r"[^./\\\s][^./\\\n\r\0]{0,199}")  # a dot would end the key, a slash would open a folder
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|data:")
+
+Read = Callable[[], bytes]
+
+
+class Span(NamedTuple):
+    """The rows of one job."""
+
+    first: int  # number of the first row in the split
+    count: int
+    start: tuple[int, ...]  # where the source finds the first row, in its own terms
 
 
 @dataclass(frozen=True)
 class Item:
-    """A sample whose audio is yet to be read."""
+    """A sample whose media are yet to be read."""
 
-    key: str
-    messages: Sequence[Mapping[str, Any]]
-    audio: Mapping[str, Callable[[], bytes]]  # by member extension
-    language: str = ""
-    source: str = ""
-    speaker: str = ""
+    record: SampleRecord  # without media
+    media: Mapping[str, Read] = field(default_factory=dict)  # by member extension
+    unread: tuple[str, ...] = ()  # fields of the row that nothing was made of
+
+    def load(self) -> SampleRecord:
+        """The whole sample. Raises BadSample where a medium cannot be read."""
+        return replace(self.record, media={extension: read() for extension, read in self.media.items()})
+
+
+class Row(NamedTuple):
+    """A row of a source: an item, or why there is none."""
+
+    place: str  # "list.jsonl:12"
+    item: Item | BadSample
 
 
 class Source(Protocol):
-    """The samples of one split."""
+    """One split of what is to be converted. It travels to worker processes."""
 
-    left_out: list[str]  # a line for each sample that cannot be used, complete once `records` has ended
+    name: str
+    notes: list[str]  # what a user should know besides the counts
 
-    def texts(self) -> Iterator[str]:
-        """Every text of the split, to train a tokenizer on."""
+    @property
+    def digest(self) -> str:
+        """Changes when the source does; known after `spans`."""
         ...
 
-    def records(self) -> Iterator[SampleRecord]:
-        """Samples with their audio read, in order."""
+    def spans(self, size: int) -> list[Span]:
+        """Jobs of `size` rows; the first pass over the source. Raises DataError where it is unusable as a whole."""
+        ...
+
+    def read(self, span: Span, media: bool = True) -> Iterator[Row]:
+        """The rows of a job, in order. Without `media` only the texts of the items are wanted."""
         ...
 
 
@@ -58,182 +82,217 @@ class Source(Protocol):
 class ListedSource:
     """A split listed in memory."""
 
-    items: list[Item] = field(default_factory=list)
-    left_out: list[str] = field(default_factory=list)
+    name: str
+    rows: list[Row] = field(default_factory=list)
+    digest: str = ""
+    notes: list[str] = field(default_factory=list)
 
-    def texts(self) -> Iterator[str]:
-        """Every text of the split."""
-        return itertools.chain.from_iterable(rendered_texts(item.messages) for item in self.items)
+    def spans(self, size: int) -> list[Span]:
+        """Jobs of `size` rows."""
+        return [Span(first, min(size, len(self.rows) - first), ()) for first in range(0, len(self.rows), size)]
 
-    def records(self) -> Iterator[SampleRecord]:
-        """Samples with their audio read, in order."""
-        for item in self.items:
-            try:
-                audio = {extension: read() for extension, read in item.audio.items()}
-            except BadSample as error:
-                self.left_out.append(f"{item.key}: {error}")
-                continue
-            yield SampleRecord(item.key, item.messages, audio, item.language, item.source, item.speaker)
+    def read(self, span: Span, media: bool = True) -> Iterator[Row]:
+        """The rows of a job."""
+        yield from self.rows[span.first : span.first + span.count]
 
 
-def labelled_clips(
-    path: Path,
-    texts: Mapping[str, str],
-    *,
-    heldout_speakers: Sequence[str] = (),
-    holdout: float = 0.0,
-    instruction: str,
-    language: str = "",
-    seed: int = 0,
-) -> dict[str, ListedSource]:
-    """Splits train, heldout and speaker of files named {label}_{speaker}_{n}.wav in a folder or a tar.
+@dataclass(frozen=True)
+class MediaFolder:
+    """Where media files are looked for. They must lie inside unless `outside` allows otherwise."""
 
-    `texts` maps labels to what is said; a label without an entry is said as it is written, unless `texts` has
-    entries at all. `holdout` is the share of the training speakers' takes that goes to heldout, chosen by
-    `seed`.
-    """
-    if not 0.0 <= holdout < 1.0:
-        raise DataError(f"--holdout {holdout}: must be 0 or more and below 1")
-    files = _tar_files(path) if path.is_file() else _folder_files(path)
-    train = ListedSource()
-    speakers: set[str] = set()
-    pending = []
-    for name, read in files:
-        label, speaker, stem = _parse_name(name)
-        if not speaker:
-            train.left_out.append(f"{name}: is not named label_speaker_number.wav")
-        elif texts and label not in texts:
-            train.left_out.append(f"{name}: label {label!r} is not among --names")
-        else:
-            messages = transcription("wav", instruction, texts.get(label, label))
-            pending.append(Item(stem, messages, {"wav": read}, language, path.stem, speaker))
-            speakers.add(speaker)
-    unknown = sorted(set(heldout_speakers) - speakers)
-    if unknown and pending:
-        raise DataError(f"--eval-speaker {', '.join(unknown)}: not in {path}; there are {', '.join(sorted(speakers))}")
-    own = [item for item in pending if item.speaker not in heldout_speakers]
-    chosen = set(np.random.default_rng(seed).permutation(len(own))[: round(holdout * len(own))].tolist())
-    train.items = [item for i, item in enumerate(own) if i not in chosen]
-    splits = {
-        "train": train,
-        "heldout": ListedSource([item for i, item in enumerate(own) if i in chosen]),
-        "speaker": ListedSource([item for item in pending if item.speaker in heldout_speakers]),
-    }
-    return {name: source for name, source in splits.items() if source.items or name == "train"}
+    folder: Path
+    outside: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "folder", self.folder.resolve())
+
+    def find(self, kind: str, path: Any) -> tuple[str, Path]:
+        """(extension, place) of a medium of a kind. Raises BadSample; whether the file is there is seen when read."""
+        if not isinstance(path, str) or not path or "\0" in path:
+            raise BadSample(f"{kind} without a path: {str(path)[:60]!r}")
+        if path.rstrip().endswith("|"):
+            raise BadSample(f"{kind} is a command, which is never run: {path[:80]}")
+        if _ADDRESS.match(path):
+            raise BadSample(f"{kind} is an address, not a file: {path[:80]}")
+        extension = path.rpartition(".")[2].lower()
+        if extension not in EXTENSIONS[kind]:
+            raise BadSample(f"unknown extension of {kind}: {path[-80:]}")
+        return extension, self.inside(path)
+
+    def inside(self, path: str) -> Path:
+        """The place of a path, links followed. Raises BadSample where it lies outside."""
+        try:
+            place = (self.folder / path).resolve()
+        except (OSError, RuntimeError, ValueError) as error:
+            raise BadSample(f"path cannot be followed: {path[:80]}: {error}") from None
+        if not self.outside and not place.is_relative_to(self.folder):
+            home = f"{self.folder} (--allow-outside lets it)"
+            raise BadSample(f"path leaves the media folder: {path[:80]} is not in {home}")
+        return place
 
 
-def manifest(path: Path, instruction: str, language: str = "") -> dict[str, ListedSource]:
-    """Split train of a JSONL manifest. Raises DataError that names the line for one that is not as it should be."""
-    source = ListedSource()
-    with open(path, "rb") as file:
-        for number, line in enumerate(iter(partial(file.readline, MAX_LINE_BYTES + 1), b""), start=1):
-            if not line.strip():
-                continue
-            try:
-                source.items.append(_manifest_item(line, number, path, instruction, language))
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{path}:{number}: {error}") from None
-    return {"train": source}
+class Media:
+    """The media of one sample while it is put together; parts hold their numbers until `item` names the members."""
+
+    def __init__(self, folder: MediaFolder, sound: bool = False) -> None:
+        self.folder, self.sound = folder, sound
+        self.reads: list[tuple[str, Read]] = []
+        self._known: dict[tuple, int] = {}
+
+    def part(self, kind: str, path: Any) -> dict[str, Any]:
+        """A part for a file. The same file twice is one member."""
+        extension, place = self.folder.find(kind, path)
+        return self.add(kind, extension, partial(read_file, place, path), place)
+
+    def add(self, kind: str, extension: str, read: Read, name: Any) -> dict[str, Any]:
+        """A part for bytes that `read` gives; equal names are the same bytes."""
+        number = self._known.setdefault((kind, name), len(self.reads))
+        if number == len(self.reads):
+            self.reads.append((extension, read))
+        sound = {"sound": True} if kind == "video" and self.sound else {}
+        return {"type": kind, kind: number} | sound
+
+    def item(
+        self,
+        key: str,
+        *,
+        messages: Sequence[Mapping[str, Any]] = (),
+        segments: Sequence[Mapping[str, Any]] = (),
+        about: Mapping[str, str] | None = None,
+        unread: Sequence[str] = (),
+    ) -> Item:
+        """The item, checked, with members named "flac", or "0.jpg", "1.jpg" where there are several.
+
+        Raises BadSample.
+        """
+        alone = len(self.reads) == 1
+        names = [extension if alone else f"{i}.{extension}" for i, (extension, _) in enumerate(self.reads)]
+        named = []
+        for message in messages:
+            content = message["content"]
+            named.append({**message, "content": content if isinstance(content, str) else _named(content, names)})
+        about = {"language": "", "source": "", "speaker": "", **(about or {})}
+        record = SampleRecord(key, named, {}, about["language"], about["source"], about["speaker"])
+        record = replace(record, segments=_named(segments, names))
+        check_key(key)
+        check_record(record)
+        if segments and not self.reads and not any(part["text"].strip() for part in record.segments):
+            raise BadSample("no text: there are only spaces")
+        try:
+            size = len(record.to_json())
+        except UnicodeEncodeError:
+            raise BadSample("text holds half a character (a lone surrogate)") from None
+        if size > MAX_JSON_BYTES:
+            raise BadSample(f"text too long: {size} bytes with what goes with it, the limit is {MAX_JSON_BYTES}")
+        reads = {name: read for name, (_, read) in zip(names, self.reads, strict=True)}
+        return Item(record, reads, tuple(sorted(unread)))
 
 
-def _manifest_item(line: bytes, number: int, path: Path, instruction: str, language: str) -> Item:
-    if len(line) > MAX_LINE_BYTES:
-        raise BadSample(f"longer than {MAX_LINE_BYTES} bytes")
-    entry = json.loads(line)
-    if not isinstance(entry, dict):
-        raise BadSample("must be a JSON object")
-    known = {"audio", "text", "messages", "language", "speaker", "key", "source"}
-    if set(entry) - known:
-        raise BadSample(f"unknown field {', '.join(sorted(set(entry) - known))}; known are {', '.join(sorted(known))}")
-    for name in known - {"messages"}:
-        if not isinstance(entry.get(name, ""), str):
-            raise BadSample(f'"{name}" must be a string')
-    if "messages" in entry:
-        if "audio" in entry or "text" in entry:
-            raise BadSample('give "messages", or "audio" and "text", not both')
-        messages = entry["messages"]
-    elif entry.get("audio") and "text" in entry:
-        messages = transcription(entry["audio"], instruction, entry["text"])
-    else:
-        raise BadSample('needs "audio" and "text", or "messages"')
-    check_messages(messages)
-    messages, audio = _with_members(messages, path.parent)
-    return Item(
-        key=entry.get("key") or f"{path.stem.replace('.', '_')}-{number:08d}",
-        messages=messages,
-        audio=audio,
-        language=entry.get("language") or language,
-        source=entry.get("source") or path.stem,
-        speaker=entry.get("speaker", ""),
-    )
+@dataclass(frozen=True)
+class Common:
+    """What the command line says for every kind of source."""
+
+    folder: MediaFolder
+    source: str  # name of the source of rows that name none
+    language: str = ""
+    instruction: str | None = None  # what is asked beside media; None: what suits their kind
+    sound: bool = False  # films are heard as well as seen
+
+    def media(self) -> Media:
+        """To put together one sample."""
+        return Media(self.folder, self.sound)
+
+    def about(self, row: Mapping[str, Any]) -> dict[str, str]:
+        """Language, source and speaker of a row. Raises BadSample where one is no string."""
+        found = {"language": self.language, "source": self.source, "speaker": ""}
+        for name in found:
+            value = row.get(name)
+            if value is not None and not isinstance(value, str):
+                raise BadSample(f'"{name}" must be a string')
+            found[name] = value or found[name]
+        return found
 
 
-def _with_members(
-    messages: Sequence[Mapping[str, Any]], folder: Path
-) -> tuple[list[dict[str, Any]], dict[str, Callable[[], bytes]]]:
-    """Messages whose audio parts name members ("0.wav") instead of paths, and how to read each member."""
-    audio: dict[str, Callable[[], bytes]] = {}
-    renamed = []
-    for message in messages:
-        content = message["content"]
-        if not isinstance(content, str):
-            content = [dict(part) for part in content]
-            for part in content:
-                if part["type"] == "audio":
-                    extension = known_extension(part["audio"])
-                    if not extension:
-                        raise BadSample(f"{part['audio']}: is none of {', '.join(AUDIO_EXTENSIONS)}")
-                    member = f"{len(audio)}.{extension}"
-                    audio[member] = partial(read_file, folder / part["audio"])
-                    part["audio"] = member
-        renamed.append({**message, "content": content})
-    return renamed, audio
+def _named(parts: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[dict[str, Any]]:
+    """Parts with names of members in place of numbers."""
+    return [
+        {**part, part["type"]: names[part[part["type"]]]} if isinstance(part[part["type"]], int) else dict(part)
+        for part in parts
+    ]
 
 
-def _parse_name(name: str) -> tuple[str, str, str]:
-    """(label, speaker, stem) of "label_speaker_number.wav"; an empty speaker where the name is of another kind.
-
-    A label may hold underscores, a speaker may not.
-    """
-    match = re.fullmatch(r"((?P<label>[^.]+)_(?P<speaker>[^_.]+)_\d+)\.(?:wav|WAV)", name)
-    return (match["label"], match["speaker"], match[1]) if match else ("", "", "")
-
-
-def known_extension(path: str) -> str:
-    """The extension of `path` in lower case if it is one of audio, else ""."""
-    extension = path.rpartition(".")[2].lower()
-    return extension if extension in AUDIO_EXTENSIONS else ""
+def asked(parts: Sequence[Mapping[str, Any]], instruction: str | None, answer: str) -> list[dict[str, Any]]:
+    """A conversation: media and an instruction (that of the first medium's kind where it is None), then the answer."""
+    if instruction is None:
+        instruction = INSTRUCTIONS[parts[0]["type"]]
+    question = [*parts, {"type": "text", "text": instruction}] if instruction else list(parts)
+    return [
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+    ]
 
 
-def _folder_files(folder: Path) -> Iterable[tuple[str, Callable[[], bytes]]]:
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder or tar")
-    paths = sorted(path for path in folder.iterdir() if path.is_file())
-    return [(path.name, partial(read_file, path)) for path in paths]
+def check_key(key: str) -> None:
+    """Raise BadSample unless a tar may hold members of this key."""
+    if not _KEY.fullmatch(key):
+        raise BadSample(f"key needs 1 to {MAX_KEY} characters without dots, slashes, line ends: {key[:80]!r}")
 
 
-def _tar_files(tar: Path) -> Iterable[tuple[str, Callable[[], bytes]]]:
-    members = sorted(read_members(tar), key=lambda member: (member.key, member.extension))
-    names = [f"{member.key.rpartition('/')[2]}.{member.extension}" for member in members]
-    reads = [partial(_read_member, tar, member.start, member.size) for member in members]
-    return zip(names, reads, strict=True)
+def clean_key(name: str) -> str:
+    """A key made of any name: what a key may not hold becomes "_"."""
+    text = "".join(letter if letter.isprintable() and letter not in "./\\ " else "_" for letter in name)
+    return text[-MAX_KEY:] or "_"
 
 
-def _read_member(tar: Path, start: int, size: int) -> bytes:
-    _check_size(size)
-    with open(tar, "rb") as file:
-        return read_range(file.fileno(), start, size)
-
-
-def read_file(path: Path) -> bytes:
-    """The bytes of a file within the limit. Raises BadSample."""
+def read_file(place: Path, name: str | None = None) -> bytes:
+    """The bytes of a regular file within the limit; `name` is what messages call it. Raises BadSample."""
+    check_file(place, name)
     try:
-        _check_size(os.path.getsize(path))
-        return path.read_bytes()
+        return place.read_bytes()
     except OSError as error:
-        raise BadSample(f"{path}: {error.strerror}") from None
+        raise BadSample(f"file cannot be read: {str(name or place)[:120]}: {error.strerror}") from None
 
 
-def _check_size(size: int) -> None:
-    if size > Limits().max_bytes:
-        raise BadSample(f"has {size} bytes, the limit is {Limits().max_bytes}")
+def check_file(place: Path, name: str | None = None) -> None:
+    """Raise BadSample unless `place` is a regular file with bytes, within the limit."""
+    name = str(name or place)[:120]
+    try:
+        found = os.stat(place)
+    except FileNotFoundError:
+        raise BadSample(f"no such file: {name}") from None
+    except (OSError, ValueError) as error:
+        raise BadSample(f"file cannot be read: {name}: {getattr(error, 'strerror', error)}") from None
+    if not stat.S_ISREG(found.st_mode):
+        raise BadSample(f"not a regular file: {name}")
+    check_size(found.st_size, name)
+
+
+def check_size(size: int, name: str) -> None:
+    """Raise BadSample for a medium without bytes or with too many."""
+    if size == 0:
+        raise BadSample(f"empty file: {name} has 0 bytes")
+    if size > MAX_MEDIA_BYTES:
+        raise BadSample(f"file too large: {name} has {size} bytes, the limit is {MAX_MEDIA_BYTES}")
+
+
+def distinct(paths: Sequence[Path], root: Path) -> list[str]:
+    """A short name for each file, to begin its rows' keys: "a_b" for a/b.jsonl, a number behind where two agree."""
+    names = []
+    for path in paths:
+        relative = path.relative_to(root) if path.is_relative_to(root) and path != root else Path(path.name)
+        names.append(clean_key(str(relative.with_name(relative.name.partition(".")[0])))[-150:])
+    repeated = len(set(names)) < len(names)
+    return [f"{name}-{number}" for number, name in enumerate(names)] if repeated else names
+
+
+def files_in(source: Path, suffixes: Sequence[str], what: str) -> list[Path]:
+    """The file `source`, or those of a folder and its subfolders whose names end so. Raises DataError for none."""
+    if source.is_file():
+        return [source]
+    if not source.is_dir():
+        raise DataError(f"{source}: no such file or folder")
+    found = (Path(folder, name) for folder, _, names in os.walk(source) for name in names)
+    paths = sorted(path for path in found if path.name.endswith(tuple(suffixes)) and path.is_file())
+    if not paths:
+        raise DataError(f"{source}: holds no {what}")
+    return paths

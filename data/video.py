@@ -1,49 +1,70 @@
-"""Video bytes to patches and sound: the only place where a film is opened.
+"""Video bytes to patches and sound, and the sizes of both without decoding more than must be.
 
-    bytes --magic--> FFmpeg, pass 1: times of all frames, nothing decoded --> frames to take, at an even rate
-      --pass 2: decode up to the last of them, upright, RGB, resized--> [N, H, W, 3] --patches--> pixels [P, X], grid
-    bytes --> FFmpeg: sound, mean of channels --soxr--> float32 [S] at 16 kHz
+    bytes --pass over packets--> times of all frames --even rate--> frames to take --by seek--> upright, RGB, resized
+      [N, H, W, 3] --patches--> pixels [P, X], grid
+    bytes --> sound --soxr--> float32 [S] at 16 kHz
+    bytes --measure_video--> VideoSize --frame_counts, frame_sides--> the same grid, for a planner
 
 Each clip has its own rate: as asked, but within the numbers of frames, and the more frames the smaller each, within a
-budget of tokens. Times are the frames' own, in seconds from the start of the film, where the sound starts too. Demuxers
-that open other files are never reached: the container is told by its first bytes and FFmpeg is not left to guess.
-Memory is the resized frames and the result; cost is decoding, once, of all up to the last frame taken.
+budget of tokens. Times are seconds from the start of the film, where the sound starts too. How containers are opened,
+and that it is safe, data/ffmpeg.py says. Memory is the resized frames and the result; cost is decoding, of at most one
+group of pictures for each frame taken.
 
 Shapes: K frames of the film, N frames taken, H rows and W columns of pixels, P patches, X values of a patch, S samples.
+In functions of many films, N films.
 """
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
-import av
 import numpy as np
-import soxr
+from av import VideoFrame, VideoStream
 from av.container import InputContainer
-from av.error import FFmpegError
 from torch import Tensor
 
-from data.audio import MIN_SAMPLES, SAMPLE_RATE, resampled_length
+from data.audio import check_wave, resample
 from data.errors import BadSample
-from data.vision import Grid, Patching, resize, smart_resize, to_patches
+from data.ffmpeg import (
+    AVI,
+    MATROSKA,
+    MOV,
+    Astray,
+    ContainerLimits,
+    Format,
+    Timeline,
+    check_bytes,
+    format_of,
+    frames_by_seek,
+    frames_in_order,
+    open_sound,
+    open_video,
+    opened,
+    read_timeline,
+    tick,
+    upright,
+    zero,
+)
+from data.vision import Grid, Patching, resize, resized_sides, smart_resize, to_patches
+
+FORMATS = (
+    Format("mov", ("mp4", "m4v", "mov", "3gp"), MOV),
+    Format("matroska", ("mkv", "webm"), MATROSKA),
+    Format("avi", ("avi",), AVI),
+)
+EXTENSIONS = tuple(extension for form in FORMATS for extension in form.extensions)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class VideoLimits:
+class VideoLimits(ContainerLimits):
     """What a film may be at most; every field is checked before memory is taken."""
 
-    max_bytes: int = 1 << 30
-    max_seconds: float = 3600.0
     max_frames: int = 1 << 20
     max_source_pixels: int = 7680 * 4320  # of a frame
-    max_channels: int = 16
-    min_rate: int = 4_000  # of the sound
-    max_rate: int = 384_000
 
 
 @dataclass(frozen=True)
@@ -70,66 +91,118 @@ class Clip(NamedTuple):
     times: tuple[float, ...]  # seconds at which the first frame of each temporal patch is shown
 
 
+class VideoSize(NamedTuple):
+    """What a planner must know of a film; `frame_counts` and `frame_sides` say what it becomes."""
+
+    height: int  # pixels, upright
+    width: int
+    frames: int  # times at which a frame is shown
+    seconds: float  # from the first frame to the end of the last
+    sound_samples: int  # at 16 kHz, 0 where there is no sound
+
+
 def load_video(
     payload: bytes,
     sampling: Sampling | None = None,
     limits: VideoLimits | None = None,
     patching: Patching | None = None,
+    patches: tuple[int, int] | None = None,
 ) -> Clip:
-    """The best video stream of a film -> patches of frames at a dynamic rate. Raises BadSample, with the reason."""
+    """The best video stream of a film -> patches of frames at a dynamic rate.
+
+    `patches` (a, b) takes temporal patches a to b - 1 of those that the whole would give, of the same size, their
+    times counted from the first of them. Raises BadSample, with the reason.
+    """
     sampling, limits, patching = sampling or Sampling(), limits or VideoLimits(), patching or Patching()
     temporal = patching.temporal_patch_size
     with _opened(payload, limits) as film:
-        stream = _video_stream(film, limits)
-        zero, tick = _zero(film), _tick(stream)
-        pts_K, end = _frame_times(film, stream, limits)
-    seconds = float((end - int(pts_K[0])) * tick)
-    taken = pts_K[pick_frames(pts_K, end, wanted_frames(seconds, len(pts_K), sampling, temporal))].tolist()
-    with _opened(payload, limits) as film:
-        frames = _decode(film, taken, sampling, limits, patching)
-    pixels_PX, grid = to_patches(np.stack(frames), patching)
-    times = tuple(max(0.0, float(pts * tick - zero)) for pts in taken[::temporal])
-    return Clip(pixels_PX, grid, seconds * temporal / len(taken), times)
+        stream, timeline = _timeline(film, limits)
+        unit, pts_K = tick(stream), timeline.pts_K
+        seconds = _seconds(stream, timeline)
+        count = wanted_frames(seconds, len(pts_K), sampling, temporal)
+        frame_N, shown_N = pick_frames(pts_K, timeline.end, count)
+        span = _span(patches, count, temporal)
+        wanted_N = np.unique([0, *frame_N[span]])  # frame 0 gives the size of all
+
+        def shrink(frames: Iterator) -> list[np.ndarray]:
+            small, size = [], None
+            for frame in frames:
+                rgb_HWC = upright(frame, limits.max_source_pixels)
+                height, width = rgb_HWC.shape[:2]
+                size = size or frame_size(height, width, count, sampling, patching)
+                small.append(resize(rgb_HWC, size))
+            return small
+
+        small = _frames(payload, film, stream, timeline, wanted_N, limits, shrink)
+        origin = shown_N[span][0] * unit if patches else zero(film)
+    pixels_PX, grid = to_patches(np.stack([small[i] for i in np.searchsorted(wanted_N, frame_N[span])]), patching)
+    times = tuple(max(0.0, float(time * unit - origin)) for time in shown_N[span][::temporal])
+    return Clip(pixels_PX, grid, seconds * temporal / count, times)
 
 
 def load_sound(payload: bytes, limits: VideoLimits | None = None) -> np.ndarray | None:
     """The best audio stream of a film: float32 [S] at 16 kHz, channels averaged; None if there is none.
 
-    Sample 0 is the start of the film: sound that begins later is led by silence. Raises BadSample.
+    Sample 0 is the start of the film: sound that begins later, or stops for a while, is led by silence. A stretch is a
+    slice of it. Raises BadSample.
     """
     limits = limits or VideoLimits()
     with _opened(payload, limits) as film:
-        video = film.streams.best("video")
-        stream = film.streams.best("audio", related=video)
-        if not isinstance(stream, av.AudioStream):
+        sound = open_sound(film, "sound", limits)
+        if sound is None:
             return None
-        _check_decoder(stream)
-        rate, channels = stream.codec_context.sample_rate, stream.codec_context.channels
-        if not limits.min_rate <= rate <= limits.max_rate or not 1 <= channels <= limits.max_channels:
-            raise BadSample(f"sound of {rate} Hz and {channels} channels is outside the limits")
-        most = int(limits.max_seconds * rate)
-        wave_S = _resampled(_mono_blocks(film, stream, most), rate, most)
-    if len(wave_S) < MIN_SAMPLES:
-        raise BadSample(f"sound is too short: {len(wave_S)} samples at 16 kHz, at least {MIN_SAMPLES} needed")
-    if not np.isfinite(wave_S).all():
-        raise BadSample("sound contains NaN or infinite samples")
+        wave_S, _ = resample(
+            sound.blocks, sound.rate, int(limits.max_seconds * sound.rate), sound.claimed or 0, "sound"
+        )
+    check_wave(wave_S, "sound")
     return wave_S
 
 
+def measure_video(payload: bytes, limits: VideoLimits | None = None, *, sound: bool = True) -> VideoSize:
+    """The sizes of which `load_video` and `load_sound` make theirs. Raises BadSample where either would.
+
+    Decodes the first frame, which alone tells how the film is turned, and all of the sound, which alone tells its exact
+    length: False leaves that out and says 0. Frames are counted, not decoded: a film damaged further on is not noticed.
+    """
+    limits = limits or VideoLimits()
+    with _opened(payload, limits) as film:
+        stream, timeline = _timeline(film, limits)
+
+        def shape(frames: Iterator) -> tuple[int, ...]:
+            return upright(next(frames), limits.max_source_pixels).shape
+
+        height, width, _ = _frames(payload, film, stream, timeline, np.zeros(1, np.int64), limits, shape)
+        seconds = _seconds(stream, timeline)
+    wave_S = load_sound(payload, limits) if sound else None
+    return VideoSize(height, width, len(timeline.pts_K), seconds, 0 if wave_S is None else len(wave_S))
+
+
 def wanted_frames(seconds: float, present: int, sampling: Sampling, temporal: int = 2) -> int:
-    """Frames to take of a clip that has `present`: whole temporal patches of them where there are as many."""
+    """Frames taken of a clip that has `present`: whole temporal patches of them where there are as many."""
     count = min(max(seconds * sampling.fps, sampling.min_frames), sampling.max_frames, present)
     return max(int(count // temporal) * temporal, min(temporal, present))
 
 
-def pick_frames(pts_K: np.ndarray, end: int, count: int) -> np.ndarray:
-    """Indices of the frames on show at `count` moments spread evenly over the clip, the first at its start.
+def frame_counts(seconds_N: np.ndarray, present_N: np.ndarray, sampling: Sampling, temporal: int = 2) -> np.ndarray:
+    """int64 [N]: `wanted_frames` of N films, given in float64 and int64."""
+    asked_N = np.maximum(np.asarray(seconds_N, np.float64) * sampling.fps, sampling.min_frames)
+    count_N = np.minimum(np.minimum(asked_N, sampling.max_frames), present_N)
+    whole_N = (count_N // temporal).astype(np.int64) * temporal
+    return np.maximum(whole_N, np.minimum(temporal, present_N)).astype(np.int64)
 
-    `pts_K` int64 rising, in ticks, the last frame shown until `end`. A frame on show at several moments counts once,
-    so a film of few and long pictures gives fewer.
+
+def pick_frames(pts_K: np.ndarray, end: int, count: int) -> tuple[np.ndarray, list[int]]:
+    """Which frames are on show at `count` moments spread evenly over a clip, int64 [N]; and since when, in ticks.
+
+    `pts_K` int64 rising, in ticks, the last frame shown until `end`. A frame on show at several moments is taken as
+    often: at first since its own time, then since the moment itself.
     """
-    moments = [int(pts_K[0]) + (end - int(pts_K[0])) * i // count for i in range(count)]
-    return np.unique(np.searchsorted(pts_K, moments, side="right") - 1)
+    first = int(pts_K[0])
+    moments = [first + (end - first) * i // count for i in range(count)]
+    frame_N = np.searchsorted(pts_K, moments, side="right") - 1
+    again_N = np.diff(frame_N, prepend=-1) == 0
+    shown = [moment if again else int(pts_K[i]) for i, moment, again in zip(frame_N, moments, again_N, strict=True)]
+    return frame_N, shown
 
 
 def frame_size(height: int, width: int, count: int, sampling: Sampling, patching: Patching) -> tuple[int, int]:
@@ -139,145 +212,54 @@ def frame_size(height: int, width: int, count: int, sampling: Sampling, patching
     return smart_resize(height, width, patching.factor, sampling.min_pixels, most)
 
 
-def _container_of(payload: bytes) -> str:
-    """FFmpeg's name of the container; anything else could be a playlist, which opens files and addresses."""
-    if payload[4:8] == b"ftyp":
-        return "mov"
-    if payload.startswith(b"\x1a\x45\xdf\xa3"):
-        return "matroska"
-    if payload.startswith(b"RIFF") and payload[8:12] == b"AVI ":
-        return "avi"
-    raise BadSample(f"video is not mp4, mov, mkv, webm or avi (starts with {payload[:8]!r})")
-
-
-def _refuse(url: str, flags: int, options: dict[str, str]) -> Any:
-    raise BadSample("video refers to another file, which is not opened")
+def frame_sides(
+    heights_N: np.ndarray, widths_N: np.ndarray, counts_N: np.ndarray, sampling: Sampling, patching: Patching
+) -> tuple[np.ndarray, np.ndarray]:
+    """`frame_size` of N films, int64 [N] each; 0 x 0 where that refuses."""
+    budget_N = sampling.max_tokens * patching.factor**2 * patching.temporal_patch_size // np.maximum(counts_N, 1)
+    most_N = np.maximum(np.minimum(sampling.max_pixels, budget_N), int(sampling.min_pixels * 1.05))
+    return resized_sides(heights_N, widths_N, patching.factor, sampling.min_pixels, most_N)
 
 
 @contextmanager
 def _opened(payload: bytes, limits: VideoLimits) -> Iterator[InputContainer]:
-    if not payload:
-        raise BadSample("video is empty (0 bytes)")
-    if len(payload) > limits.max_bytes:
-        raise BadSample(f"video has {len(payload)} bytes, the limit is {limits.max_bytes}")
-    container, options = _container_of(payload), {"max_pixels": str(limits.max_source_pixels)}
+    check_bytes(payload, "video", limits)
+    options = {"max_pixels": str(limits.max_source_pixels)}
+    with opened(payload, format_of(payload, FORMATS, "video"), "video", limits, options) as film:
+        yield film
+
+
+def _timeline(film: InputContainer, limits: VideoLimits) -> tuple[VideoStream, Timeline]:
+    stream = open_video(film, limits.max_source_pixels)
+    return stream, read_timeline(film, stream, limits.max_frames, limits.max_seconds)
+
+
+def _seconds(stream: VideoStream, timeline: Timeline) -> float:
+    return float((timeline.end - int(timeline.pts_K[0])) * tick(stream))
+
+
+def _span(patches: tuple[int, int] | None, count: int, temporal: int) -> slice:
+    """The frames of the temporal patches asked for, among `count`."""
+    whole = -(-count // temporal)
+    first, last = patches or (0, whole)
+    if not 0 <= first < last <= whole:
+        raise BadSample(f"video has {whole} temporal patches, those from {first} to {last} are asked for")
+    return slice(first * temporal, last * temporal)
+
+
+def _frames(
+    payload: bytes,
+    film: InputContainer,
+    stream: VideoStream,
+    timeline: Timeline,
+    wanted_N: np.ndarray,
+    limits: VideoLimits,
+    use: Callable[[Iterator[VideoFrame]], T],
+) -> T:
+    """What `use` makes of the frames `wanted_N` (rising indices): by seek, or from the start where seeking fails."""
+    ticks = timeline.pts_K[wanted_N].tolist()
     try:
-        with av.open(
-            io.BytesIO(payload), "r", format=container, options=options, io_open=_refuse, metadata_errors="replace"
-        ) as film:
-            if film.duration is not None and film.duration > limits.max_seconds * av.time_base:
-                raise BadSample(
-                    f"video claims {film.duration / av.time_base:.0f} s, the limit is {limits.max_seconds:.0f} s"
-                )
-            yield film
-    except BadSample:
-        raise
-    except (FFmpegError, ValueError) as error:  # ValueError: a format that changes on the way
-        raise BadSample(f"video cannot be decoded: {getattr(error, 'strerror', error)}") from error
-
-
-def _zero(film: InputContainer) -> Fraction:
-    """When the film starts, in seconds of its own clock."""
-    return Fraction(film.start_time or 0, av.time_base)
-
-
-def _tick(stream: av.VideoStream | av.AudioStream) -> Fraction:
-    """Seconds of a unit of a stream's times."""
-    if not stream.time_base:
-        raise BadSample(f"{stream.type} stream has no unit of time")
-    return stream.time_base
-
-
-def _check_decoder(stream: av.VideoStream | av.AudioStream) -> None:
-    if stream.codec_context is None:  # av's type says that it cannot be
-        raise BadSample(f"{stream.type} stream is in a format that cannot be decoded")
-
-
-def _video_stream(film: InputContainer, limits: VideoLimits) -> av.VideoStream:
-    stream = film.streams.best("video")
-    if not isinstance(stream, av.VideoStream):
-        raise BadSample("video has no video stream")
-    _check_decoder(stream)
-    width, height = stream.codec_context.width, stream.codec_context.height
-    if width * height > limits.max_source_pixels:
-        raise BadSample(f"video claims frames of {width} x {height}, the limit is {limits.max_source_pixels} pixels")
-    stream.codec_context.thread_count = 1  # workers share the machine by processes
-    stream.codec_context.options = {"max_pixels": str(limits.max_source_pixels)}
-    return stream
-
-
-def _frame_times(film: InputContainer, stream: av.VideoStream, limits: VideoLimits) -> tuple[np.ndarray, int]:
-    """When each frame is shown, int64 [K] rising, and until when the last is, in ticks; no frame is decoded."""
-    ticks, length = [], 0
-    for packet in film.demux(stream):
-        if packet.size == 0 or packet.is_discard:  # the end, or cut away by an edit list
-            continue
-        time = packet.pts if packet.pts is not None else packet.dts
-        if time is None or packet.is_corrupt:
-            raise BadSample(f"video frame {len(ticks)} is cut short or has no time")
-        ticks.append(time)
-        length = packet.duration or length
-        if len(ticks) > limits.max_frames:
-            raise BadSample(f"video has more than {limits.max_frames} frames")
-    if not ticks:
-        raise BadSample("video has no frames")
-    pts_K = np.unique(np.array(ticks, dtype=np.int64))
-    end = int(pts_K[-1]) + max(length or int(np.ptp(pts_K)) // max(len(pts_K) - 1, 1), 1)
-    if (end - int(pts_K[0])) * _tick(stream) > limits.max_seconds:
-        raise BadSample(f"video is longer than {limits.max_seconds:.0f} s")
-    if stream.duration is not None and (end - int(pts_K[0])) * 2 < stream.duration:
-        raise BadSample("video is cut short: over half of the time that it claims is missing")
-    return pts_K, end
-
-
-def _decode(
-    film: InputContainer, taken: list[int], sampling: Sampling, limits: VideoLimits, patching: Patching
-) -> list[np.ndarray]:
-    """The frames at `taken` ticks, uint8 [H, W, 3], all of one size."""
-    stream = _video_stream(film, limits)
-    frames: list[np.ndarray] = []
-    size = None
-    for frame in film.decode(stream):
-        time = frame.pts if frame.pts is not None else frame.dts
-        if time is None or time < taken[len(frames)]:
-            continue
-        if frame.width * frame.height > limits.max_source_pixels:
-            raise BadSample(f"video has a frame of {frame.width} x {frame.height} pixels, more than it claims")
-        rgb_HWC = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
-        height, width = rgb_HWC.shape[:2]
-        size = size or frame_size(height, width, len(taken), sampling, patching)
-        frames.append(resize(np.ascontiguousarray(rgb_HWC), size))
-        if len(frames) == len(taken):
-            return frames
-    raise BadSample(f"video breaks off: {len(frames)} of {len(taken)} frames could be decoded")
-
-
-def _mono_blocks(film: InputContainer, stream: av.AudioStream, most: int) -> Iterator[np.ndarray]:
-    """Samples float32 [B] at the stream's own rate, from the start of the film; at most `most` of silence first."""
-    planes = av.AudioResampler(format="fltp")
-    late = None
-    for frame in film.decode(stream):
-        if late is None:
-            start = _zero(film) if frame.pts is None else frame.pts * (frame.time_base or _tick(stream))
-            late = round((start - _zero(film)) * frame.sample_rate)
-            if late > most:
-                raise BadSample(f"sound claims to begin after {float(start):.0f} s, past the limit")
-            yield np.zeros(max(late, 0), np.float32)
-        for part in planes.resample(frame):
-            yield part.to_ndarray().mean(axis=0)
-
-
-def _resampled(blocks: Iterator[np.ndarray], rate: int, most: int) -> np.ndarray:
-    """Blocks at `rate` -> float32 [S] at 16 kHz; more than `most` samples are refused."""
-    stream = None if rate == SAMPLE_RATE else soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32")
-    pieces, samples = [np.zeros(0, np.float32)], 0
-    for block_B in blocks:
-        samples += len(block_B)
-        if samples > most:
-            raise BadSample(f"sound is longer than {most / rate:.0f} s")
-        pieces.append(block_B if stream is None else stream.resample_chunk(block_B))
-    if stream is not None:
-        pieces.append(stream.resample_chunk(np.zeros(0, np.float32), last=True))
-    wave_S = np.concatenate(pieces)
-    length = resampled_length(samples, rate)
-    return np.pad(wave_S, (0, max(length - len(wave_S), 0)))[:length]
+        return use(frames_by_seek(film, stream, timeline, ticks))
+    except Astray:
+        with _opened(payload, limits) as again:
+            return use(frames_in_order(again, open_video(again, limits.max_source_pixels), timeline, ticks))

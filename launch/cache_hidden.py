@@ -21,10 +21,11 @@ from data.tokenizer import load_tokenizer
 from launch.arguments import guarded, parse
 from launch.loading import load_model
 from launch.weights import PRECISION, open_folder
-from models.audio_encoder import num_audio_tokens
 from models.config import ConfigError
+from models.positions import MediaTokens
 from train.errors import RecipeError
 from train.hidden import cache_hidden
+from train.layout import ModelLayout
 
 KNOWN = {"model": None, "shards": None, "max_tokens": "8192", "dtype": "", "keep": "bf16", "device": "cpu"}
 
@@ -44,7 +45,8 @@ def cache(argv: Sequence[str]) -> None:
         raise ConfigError(f"{folder}: has no Talker, so nothing says which hidden states to keep")
     tokenizer = load_tokenizer(folder)
     corpus = Corpus.open([given["shards"]], tokenizer.fingerprint)
-    reader = Reader(corpus, tokenizer, seed=0, num_audio_tokens=num_audio_tokens)
+    layout = ModelLayout.of(omni.config.thinker, MediaTokens.of(omni.config))
+    reader = Reader(corpus, tokenizer, seed=0, layout=layout)
     kept, most = PRECISION[given["keep"]], int(given["max_tokens"])
     left_out = cache_hidden(omni, corpus, reader, identity(folder), max_tokens=most, dtype=kept)
     print(f"{corpus.num_samples} samples, {left_out} left out")

@@ -21,7 +21,8 @@ from train.checkpoint import CheckpointReader, choose
 from train.engines.build import build_engine
 from train.engines.setup import EngineSetup
 from train.errors import CheckpointError, RecipeError
-from train.main import model_config, open_evaluator
+from train.feed import open_evaluator
+from train.main import model_config
 from train.recipe import EngineConfig, Phase, load_saved
 
 
@@ -39,7 +40,7 @@ def evaluate(argv: Sequence[str]) -> None:
         raise RecipeError(f"{folder}/recipe.yaml has no eval.sets: give shards=PATTERN")
     tokenizer = load_tokenizer(Path(recipe.data.tokenizer))
     model = model_config(recipe, tokenizer)
-    evaluator = open_evaluator(recipe, tokenizer)
+    evaluator = open_evaluator(recipe, tokenizer, model)
     manifest = choose(folder, given["checkpoint"], wait_s=0)
     if manifest is None:
         raise CheckpointError(f"{folder}: no checkpoint yet")

@@ -1,6 +1,6 @@
 """One conversation from files and text: what a user asks, ready for models.generate and models.speak.
 
-    system, text, audio, image, video files --decode, log-mel, patches--> segments --lay_out--> ids, positions --> Batch
+    system, text, audio, image, video files --data.document: decode, lay out--> Batch of one document
 
 Media come in the order in which they are given, before the text, in ChatML. A video brings its sound, interleaved by
 time, unless told otherwise. Cost: that of decoding.
@@ -8,22 +8,22 @@ time, unless told otherwise. Cost: that of decoding.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
-
-from data.audio import decode
-from data.errors import DataError
-from data.mel import NUM_MELS, log_mel
-from data.tokenizer import IM_END, IM_START, Tokenizer
+from data.chat import Run, render
+from data.document import Desk, MediaLimits, join, whole
+from data.errors import BadSample, DataError
+from data.sample import SampleRecord
+from data.tokenizer import Tokenizer
 from data.types import Batch
-from data.video import load_sound, load_video
-from data.vision import Patching, load_image
-from models.audio_encoder import num_audio_tokens
+from data.video import load_sound
 from models.omni_config import OmniConfig
-from models.positions import Audio, Image, MediaTokens, Text, Video, VideoWithAudio, lay_out
+from models.positions import MediaTokens
+from train.layout import ModelLayout
 
 KINDS = ("audio", "image", "video")
 
@@ -45,62 +45,43 @@ def conversation(
     video_sound: bool = True,
 ) -> Batch:
     """A prompt of one document that ends where the assistant's answer begins. Raises DataError, naming the file."""
-    thinker = config.thinker
-    if thinker.vision is None and any(medium.kind != "audio" for medium in media):
+    if config.thinker.vision is None and any(medium.kind != "audio" for medium in media):
         raise DataError("this model has no vision encoder: it takes audio and text")
-    vision = thinker.vision
-    patching = Patching(vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size) if vision else None
-    segments, mels, pixels, grids = [], [], [], []
+    limits = MediaLimits()
+    payloads: dict[str, bytes] = {}
+    parts: list[dict[str, Any]] = []
+    for number, medium in enumerate(media):
+        payloads[str(number)] = payload = _read(medium.path)
+        part: dict[str, Any] = {"type": medium.kind, medium.kind: str(number)}
+        if medium.kind == "video":
+            with _naming(medium.path):
+                part["sound"] = video_sound and load_sound(payload, limits.video) is not None
+        parts.append(part)
+    messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": [*parts, {"type": "text", "text": text}]})
+    rendered = render(SampleRecord("prompt", messages), tokenizer, prompt_only=True)
+    desk = Desk(ModelLayout.of(config.thinker, MediaTokens.of(config)), limits, payloads)
+    items = []
+    for item in whole(rendered):
+        if isinstance(item, Run):
+            items.append(item)
+            continue
+        with _naming(media[item.number].path):
+            items.append(desk.take(item))
+    return join([desk.document("prompt", items)])
 
-    def hear(wave_S) -> int:
-        mels.append(log_mel(wave_S))
-        return int(num_audio_tokens(len(mels[-1])))
 
-    def see(pixels_PX, grid):
-        pixels.append(pixels_PX)
-        grids.append(grid)
-        return grid
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from None
 
-    for medium in media:
-        try:
-            payload = medium.path.read_bytes()
-            if medium.kind == "audio":
-                segments.append(Audio(hear(decode(payload))))
-            elif medium.kind == "image":
-                segments.append(Image(see(*load_image(payload, patching=patching))))
-            else:
-                clip = load_video(payload, patching=patching)
-                sound_S = load_sound(payload) if video_sound else None
-                grid = see(clip.pixels_PX, clip.grid)
-                if sound_S is None:
-                    segments.append(Video(grid, clip.times))
-                else:
-                    segments.append(VideoWithAudio(grid, clip.times, hear(sound_S)))
-        except OSError as error:
-            raise DataError(f"{medium.path}: {error.strerror}") from None
-        except DataError as error:
-            raise DataError(f"{medium.path}: {getattr(error, 'reason', error)}") from None
 
-    start, end, newline = tokenizer.id(IM_START), tokenizer.id(IM_END), tokenizer.encode("\n")
-    head = [start, *tokenizer.encode(f"system\n{system}"), end, *newline] if system else []
-    head += [start, *tokenizer.encode("user\n")]
-    tail = [*tokenizer.encode(text), end, *newline, start, *tokenizer.encode("assistant\n")]
-    merge = vision.spatial_merge_size if vision else 2
-    token_ids_T, position_ids_3T = lay_out(
-        [Text(len(head)), *segments, Text(len(tail))],
-        [*head, *tail],
-        MediaTokens.of(config),
-        merge=merge,
-        rate=thinker.position_id_per_seconds,
-    )
-    return Batch(
-        token_ids_T=token_ids_T,
-        labels_T=torch.full_like(token_ids_T, -100),
-        position_ids_3T=position_ids_3T,
-        doc_lengths=(len(token_ids_T),),
-        mel_FM=torch.cat([torch.empty(0, NUM_MELS), *mels]),
-        mel_lengths=tuple(map(len, mels)),
-        keys=("prompt",),
-        pixels_PX=torch.cat(pixels) if pixels else torch.empty(0, 0),
-        grids=tuple(grids),
-    )
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Put the file's name in front of what is wrong with its content."""
+    try:
+        yield
+    except BadSample as error:
+        raise DataError(f"{path}: {error.reason}") from None

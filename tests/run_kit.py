@@ -46,7 +46,7 @@ def write_corpus(folder: Path, count: int = 60) -> Path:
     """Shards of speech and text below folder/train, a small set below folder/heldout, and the tokenizer."""
     words = tokenizer()
     write_shards(mixed(count), folder / "train", words, 20)
-    write_shards([record for record in mixed(9) if record.audio], folder / "heldout", words, 20)
+    write_shards([record for record in mixed(9) if record.media], folder / "heldout", words, 20)
     words.save(folder / "tokenizer")
     return folder
 

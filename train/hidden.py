@@ -11,13 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-import numpy as np
 import torch
 
 from data.corpus import Corpus
 from data.hidden import HiddenShard, HiddenWriter, hidden_path
-from data.mel import num_frames
 from data.reader import Reader
+from data.shard_index import ShardIndex
 from data.types import Batch
 from models.omni import Omni
 from models.talker_inputs import multimodal_rows
@@ -49,7 +48,7 @@ def cache_hidden(
             continue
         first = int(corpus.offsets[shard])
         with HiddenWriter(index, model=model, layer=layer, width=width, dtype=dtype) as writer:
-            for rows in _packs(index.costs(0, index.num_samples), reader, max_tokens):
+            for rows in _packs(index, reader, max_tokens):
                 batch, readable = reader.prompts([first + row for row in rows])
                 states = iter(_split(omni, batch.to(device)))
                 for row in rows:
@@ -62,19 +61,17 @@ def cache_hidden(
     return left_out
 
 
-def _packs(costs: tuple[np.ndarray, ...], reader: Reader, max_tokens: int) -> Iterator[list[int]]:
+def _packs(index: ShardIndex, reader: Reader, max_tokens: int) -> Iterator[list[int]]:
     """Rows of a shard in order, cut where a pack would exceed `max_tokens`; a longer sample is a pack by itself."""
-    text, clips, samples = costs
+    costs = index.costs(slice(0, index.num_samples))
     rows: list[int] = []
-    used = clip = 0
-    for row, (tokens, count) in enumerate(zip(text.tolist(), clips.tolist(), strict=True)):
-        audio = sum(int(reader.num_audio_tokens(num_frames(n))) for n in samples[clip : clip + count].tolist())
-        clip += count
-        if rows and used + tokens + audio > max_tokens:
+    used = 0
+    for row, tokens in enumerate(reader.sizing.tokens(costs, reader.sizing.sizes(costs)).tolist()):
+        if rows and used + tokens > max_tokens:
             yield rows
             rows, used = [], 0
         rows.append(row)
-        used += tokens + audio
+        used += tokens
     if rows:
         yield rows
 

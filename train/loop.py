@@ -7,34 +7,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 from data.types import Batch
 from train import ranks
 from train.engines import Engine
 from train.errors import EngineError
 from train.optim import lr_at
-from train.recipe import Phase, Recipe
+from train.recipe import Recipe, Span
 from train.run import Run
-
-
-@dataclass(frozen=True)
-class Span:
-    """A phase and the steps it covers: from `start` up to, not including, `stop`."""
-
-    name: str
-    phase: Phase
-    start: int
-    stop: int
-
-
-def spans(recipe: Recipe) -> list[Span]:
-    """The phases of a recipe one after the other."""
-    found, start = [], 0
-    for name, phase in recipe.phases.items():
-        found.append(Span(name, phase, start, start + phase.steps))
-        start += phase.steps
-    return found
 
 
 def fit(engine: Engine, stream: Iterable[tuple[int, Sequence[Batch]]], span: Span, recipe: Recipe, run: Run) -> bool:

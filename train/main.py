@@ -17,16 +17,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data.audio import Limits
-from data.augment import Augment
-from data.corpus import Corpus
 from data.errors import DataError
 from data.loader import stream
-from data.plan import Plan, PlanSettings
-from data.prompts import PromptSet
-from data.reader import Reader
 from data.tokenizer import AUDIO_PAD, IMAGE_PAD, VIDEO_PAD, Tokenizer, load_tokenizer
-from models.audio_encoder import num_audio_tokens
 from models.config import ConfigError, ThinkerConfig
 from models.flops import training_flops
 from models.hf import released_pieces
@@ -37,10 +30,11 @@ from train.engines.build import build_engine
 from train.engines.setup import EngineSetup
 from train.errors import CheckpointError, EngineError, RecipeError
 from train.evaluate import Evaluator
+from train.feed import Course, open_evaluator, open_feed
 from train.hardware import peak_flops
-from train.loop import Span, fit, spans
+from train.loop import fit
 from train.metrics import Meters, draw_curves
-from train.recipe import Recipe, load_recipe
+from train.recipe import Recipe, Span, load_recipe, spans
 from train.run import Run
 
 USER_ERRORS = (RecipeError, DataError, ConfigError, CheckpointError, EngineError)
@@ -67,13 +61,11 @@ def train(recipe: Recipe) -> None:
     ranks.start(device)
     tokenizer = load_tokenizer(Path(recipe.data.tokenizer))
     model = model_config(recipe, tokenizer)
-    plan, reader = open_data(recipe, tokenizer)
-    evaluator = open_evaluator(recipe, tokenizer)
+    feed = open_feed(recipe, tokenizer, model)
+    evaluator = open_evaluator(recipe, tokenizer, model)
     folder = Run.open_folder(recipe)
     tell = tqdm.write if ranks.rank() == 0 else _silent
     tell(f"run folder: {folder}")
-    for line in plan_report(plan):
-        tell(line)
     phases = spans(recipe)
     total = min(phases[-1].stop, recipe.max_steps or phases[-1].stop)
     resume, stopped = recipe.resume, False
@@ -83,30 +75,36 @@ def train(recipe: Recipe) -> None:
         if step >= stop:
             tell(f"phase {span.name}: done at step {step}")
             continue
+        course = feed.courses[span.name]
+        if manifest is not None:
+            course.seek(manifest.info["cursor"], first=step == span.start)
+        for line in course.about():
+            tell(line)
         setup = EngineSetup(model, recipe.engine, recipe.optim, recipe.loss, span.phase, span.name, recipe.seed, device)
         engine = build_engine(setup)
         restore(engine, recipe, setup, manifest, optimizer_step=step - span.start)
         if manifest is not None:
-            plan.seek(manifest.info["cursor"])
             tell(f"resumed at step {step} from {manifest.folder}")
-        run = open_run(recipe, folder, setup, span, manifest, evaluator, plan)
+        run = open_run(recipe, folder, setup, span, manifest, evaluator, course)
         run.listen()
         with closing(run), closing(engine):
-            data = recipe.data
             batches = stream(
-                plan,
-                reader,
+                course.plan,
+                feed.reader,
                 engine.shard,
                 step,
                 stop,
-                data.workers,
-                prefetch=data.prefetch,
+                recipe.data.workers,
+                origin=course.origin,
+                prefetch=recipe.data.prefetch,
                 pin_memory=device.type == "cuda",
             )
             with closing(batches):
                 stopped = fit(engine, batches, span, recipe, run)
             if not stopped and stop == total:
                 run.evaluate(engine, total)
+            for line in course.report(run.step):
+                tell(line)
         ranks.barrier()  # the checkpoint is published before any rank looks for it
         if stopped or stop == total:
             break
@@ -130,45 +128,6 @@ def model_config(recipe: Recipe, tokenizer: Tokenizer) -> ThinkerConfig:
     return ThinkerConfig(text, audio, audio_id, vision, image_id, video_id)
 
 
-def open_data(recipe: Recipe, tokenizer: Tokenizer) -> tuple[Plan, Reader]:
-    """The order of training and what reads it. Raises DataError for shards that cannot be used."""
-    data = recipe.data
-    corpus = Corpus.open(data.shards, tokenizer.fingerprint)
-    settings = PlanSettings(
-        data.sequence_length,
-        data.sequences_per_step,
-        data.window,
-        tuple(data.speeds),
-        data.too_long,
-        data.augment.ramp_epochs,
-    )
-    plan = Plan(corpus, settings, seed=recipe.seed, num_audio_tokens=num_audio_tokens)
-    limits = Limits(max_seconds=data.max_audio_seconds)
-    augment = None if data.augment == Augment() else data.augment
-    reader = Reader(
-        corpus, tokenizer, seed=recipe.seed, num_audio_tokens=num_audio_tokens, limits=limits, augment=augment
-    )
-    return plan, reader
-
-
-def open_evaluator(recipe: Recipe, tokenizer: Tokenizer) -> Evaluator:
-    """The recipe's evaluation sets. Raises DataError for shards that cannot be used."""
-    limits = Limits(max_seconds=recipe.data.max_audio_seconds)
-    sets = {
-        name: PromptSet(
-            Reader(
-                Corpus.open(shards, tokenizer.fingerprint),
-                tokenizer,
-                seed=recipe.seed,
-                num_audio_tokens=num_audio_tokens,
-                limits=limits,
-            )
-        )
-        for name, shards in recipe.eval.sets.items()
-    }
-    return Evaluator(recipe.eval, sets, tokenizer)
-
-
 def restore(
     engine: Engine, recipe: Recipe, setup: EngineSetup, manifest: Manifest | None, *, optimizer_step: int
 ) -> None:
@@ -187,7 +146,7 @@ def open_run(
     span: Span,
     manifest: Manifest | None,
     evaluator: Evaluator,
-    plan: Plan,
+    course: Course,
 ) -> Run:
     """Meters and writer of a phase. The writer's memory is allocated at the first save."""
     step = manifest.step if manifest else 0
@@ -212,19 +171,7 @@ def open_run(
         released_pieces=released_pieces,
         warn=meters.say,
     )
-    return Run(recipe, folder, meters, saver, evaluator, asdict(model), lambda at: asdict(plan.cursor(at)), step)
-
-
-def plan_report(plan: Plan) -> list[str]:
-    """What the data is, and what of it does not take part."""
-    lines = [f"data: {plan.corpus.num_samples:,} samples in {len(plan.corpus.paths)} shards"]
-    for source, count in sorted(plan.dropped.items()):
-        lines.append(f"dropped as longer than data.sequence_length: {count:,} samples of source {source or 'unknown'}")
-    left_out = plan.corpus.left_out()
-    lines += [f"left out by the index: {line}" for line in left_out[:5]]
-    if len(left_out) > 5:
-        lines.append(f"and {len(left_out) - 5:,} more left out by the index")
-    return lines
+    return Run(recipe, folder, meters, saver, evaluator, asdict(model), course, step)
 
 
 def farewell(folder: Path, stopped: bool) -> None:

@@ -22,6 +22,7 @@ from yaml import YAMLError
 
 from data.config import DataConfig
 from data.errors import DataError
+from data.mixture import Mixture
 from models.config import AudioConfig, TextConfig, VisionConfig
 from train.errors import RecipeError
 from train.typed import build, nearest, paths
@@ -73,6 +74,8 @@ class Phase:
     """Instead of optim.lr."""
     warmup_steps: int | None = None
     """Instead of optim.warmup_steps."""
+    mixture: Mixture | None = None
+    """Instead of data.mixture: the phase then has a plan of its own, whose epochs count from its first step."""
 
 
 @dataclass(frozen=True)
@@ -170,6 +173,25 @@ class Recipe:
     log: LogConfig = field(default_factory=LogConfig)
 
 
+@dataclass(frozen=True)
+class Span:
+    """A phase and the steps it covers: from `start` up to, not including, `stop`."""
+
+    name: str
+    phase: Phase
+    start: int
+    stop: int
+
+
+def spans(recipe: Recipe) -> list[Span]:
+    """The phases of a recipe one after the other."""
+    found, start = [], 0
+    for name, phase in recipe.phases.items():
+        found.append(Span(name, phase, start, start + phase.steps))
+        start += phase.steps
+    return found
+
+
 def load_recipe(argv: Sequence[str], folder: Path = RECIPES) -> Recipe:
     """Compose `recipe=NAME KEY=VALUE ...`. Raises RecipeError with the nearest valid name for a typo."""
     given = [_split(word) for word in argv]
@@ -259,6 +281,9 @@ def _validate(recipe: Recipe) -> None:
     _one_of("eval.suite", recipe.eval.suite, ("asr",))
     try:
         recipe.data.validate()
+        for name, phase in recipe.phases.items():
+            if phase.mixture is not None:
+                phase.mixture.validate(f"phases.{name}.mixture")
     except DataError as error:
         raise RecipeError(str(error)) from None
     if recipe.engine.zero not in (1, 2, 3):

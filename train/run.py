@@ -24,6 +24,7 @@ from train import ranks
 from train.checkpoint import Saver
 from train.engines import Engine
 from train.evaluate import Evaluator
+from train.feed import Course
 from train.metrics import Meters, cut_after
 from train.recipe import Recipe, as_yaml
 
@@ -39,11 +40,12 @@ class Run:
         saver: Saver,
         evaluator: Evaluator,
         identity: Mapping[str, Any],
-        cursor_at: Any,
+        course: Course,
         start_step: int,
     ) -> None:
         self.recipe, self.folder, self.meters, self.saver = recipe, folder, meters, saver
-        self.evaluator, self.identity, self.cursor_at = evaluator, identity, cursor_at
+        self.evaluator, self.identity, self.course = evaluator, identity, course
+        self.step = start_step
         self.stop_requested = False
         if ranks.rank() == 0:
             (folder / "recipe.yaml").write_text(as_yaml(recipe))
@@ -80,7 +82,8 @@ class Run:
             signal.signal(name, request)
 
     def consumed(self, step: int, microbatches: Sequence[Batch]) -> None:
-        """Note the samples of a step, when log.keys asks for it."""
+        """Note how far the run is, and the samples of a step when log.keys asks for it."""
+        self.step = step
         if self._keys is not None:
             keys = [key for batch in microbatches for key in batch.keys]
             self._keys.write(json.dumps({"step": step, "keys": keys}) + "\n")
@@ -103,10 +106,12 @@ class Run:
                 "zero": self.recipe.engine.zero,
             },
             "seed": self.recipe.seed,  # every draw is keyed by (seed, epoch, sample): there is no other random state
-            "cursor": self.cursor_at(step),
+            "cursor": self.course.cursor(step),
             "counters": {"skipped": self.meters.num_skipped},
         }
         self.meters.exclude(self.saver.save(step, engine.fragments(), info))
+        if shares := self.course.shares(step):
+            self.meters.record(step, {"mixture": shares})
 
     def evaluate(self, engine: Engine, step: int) -> None:
         """Evaluate on every set and record the results."""

@@ -18,15 +18,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-try:  # CUDA only; older releases of torch lack it
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:
-    varlen_attn = None
 
 LONG = 512
 STRIP, STRIPS_UP_TO = 64, 1536  # queries of a call of causal attention on a CPU, and the longest segment cut so
@@ -101,7 +97,7 @@ def attend(q_THC: Tensor, k_TGC: Tensor, v_TGC: Tensor, segments: Segments, *, c
     """
     if not segments.lengths:
         return q_THC + (k_TGC.sum() + v_TGC.sum())  # empty, and gradients are zero rather than None
-    if varlen_attn is not None and q_THC.is_cuda and q_THC.dtype in (torch.bfloat16, torch.float16):
+    if q_THC.is_cuda and q_THC.dtype in (torch.bfloat16, torch.float16) and (varlen_attn := _varlen()) is not None:
         bounds, longest = segments.bounds, max(segments.lengths)
         window = (-1, 0) if causal else (-1, -1)
         grouped = q_THC.shape[1] != k_TGC.shape[1]
@@ -111,6 +107,15 @@ def attend(q_THC: Tensor, k_TGC: Tensor, v_TGC: Tensor, segments: Segments, *, c
     parts = [_attend_bucket(q_THC, k_TGC, v_TGC, bucket, causal) for bucket in segments.buckets]
     out_THC = parts[0] if len(parts) == 1 else torch.cat(parts)
     return out_THC if segments.back_T is None else out_THC.index_select(0, segments.back_T)
+
+
+def _varlen() -> Any:
+    """torch's kernel for packed sequences, CUDA only; None in older releases. Imported late: it takes seconds."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn
 
 
 def _attend_bucket(q_THC: Tensor, k_TGC: Tensor, v_TGC: Tensor, bucket: Bucket, causal: bool) -> Tensor:

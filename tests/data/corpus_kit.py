@@ -2,15 +2,21 @@
 
 import io
 import tarfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from data.corpus import Corpus
+from data.costs import AUDIO, IMAGE, KINDS, VIDEO, Sizing
 from data.plan import Plan, PlanSettings
 from data.sample import SampleRecord
 from data.shard_index import COLUMNS, ShardIndex
 from data.tokenizer import Tokenizer, train_tokenizer
+from data.vision import Patching
 from tests.data.audio_bytes import encode, tone
 
 
@@ -23,7 +29,7 @@ def tokenizer() -> Tokenizer:
     return train_tokenizer(["hello world", "one two three four"], 300)
 
 
-def spoken(key: str, seconds: float = 0.5, text: str = "hello", kind: str = "wav", **about: str) -> SampleRecord:
+def spoken(key: str, seconds: float = 0.5, text: str = "hello", kind: str = "wav", **about: Any) -> SampleRecord:
     """One spoken question with a text answer."""
     question = {"role": "user", "content": [{"type": "audio", "audio": kind}, {"type": "text", "text": "?"}]}
     answer = {"role": "assistant", "content": text}
@@ -31,7 +37,7 @@ def spoken(key: str, seconds: float = 0.5, text: str = "hello", kind: str = "wav
     return SampleRecord(key, [question, answer], {kind: encode(tone(16_000, seconds, hz), 16_000, kind)}, **about)
 
 
-def written(key: str, text: str = "hello", **about: str) -> SampleRecord:
+def written(key: str, text: str = "hello", **about: Any) -> SampleRecord:
     """One text-only sample."""
     messages = [{"role": "user", "content": "one"}, {"role": "assistant", "content": text}]
     return SampleRecord(key, messages, {}, **about)
@@ -63,38 +69,86 @@ def write_tar(path: Path, members: dict[str, bytes], links: dict[str, str] | Non
 
 def members_of(record: SampleRecord) -> dict[str, bytes]:
     """The tar members of a record."""
-    media = {f"{record.key}.{extension}": payload for extension, payload in record.audio.items()}
+    media = {f"{record.key}.{extension}": payload for extension, payload in record.media.items()}
     return {f"{record.key}.json": record.to_json(), **media}
 
 
-def costs_corpus(shards: list[list[tuple[int, list[int]]]]) -> Corpus:
+@dataclass(frozen=True)
+class Made:
+    """A sample that exists in an index alone."""
+
+    text: int  # tokens, those around media included
+    clips: Sequence[int] = ()  # samples of each
+    images: Sequence[tuple[int, int]] = ()  # height and width of each
+    videos: Sequence[tuple[int, int, float]] = ()  # height, width and seconds of each
+    source: str | None = None  # None: "speech" with clips, "text" without
+    language: str = ""
+    document: bool = False
+
+
+class KitLayout:
+    """As much of a model's layout as a plan needs."""
+
+    audio_window = 800
+
+    def __init__(self, patching: Patching | None = None) -> None:
+        self.patching = patching
+
+    num_audio_tokens = staticmethod(num_audio_tokens)
+
+
+def sizing(patching: Patching | None = None) -> Sizing:
+    """13 tokens for 100 frames; pictures where there is a patching."""
+    return Sizing(KitLayout(patching))  # type: ignore[arg-type]
+
+
+def costs_corpus(shards: Sequence[Sequence[Made | tuple[int, Sequence[int]]]]) -> Corpus:
     """A corpus in memory: shards of samples, each (text tokens, samples of its clips). Nothing can be read from it."""
     paths = [Path(f"shard-{number}.tar") for number in range(len(shards))]
     offsets = np.cumsum([0, *map(len, shards)])
     corpus = Corpus(paths, [path.name for path in paths], offsets, repr(shards))
-    corpus._open.update({number: _costs_index(paths[number], shard) for number, shard in enumerate(shards)})
+    made = [[sample if isinstance(sample, Made) else Made(*sample) for sample in shard] for shard in shards]
+    corpus._open.update({number: costs_index(paths[number], shard) for number, shard in enumerate(made)})
     return corpus
 
 
-def _costs_index(path: Path, samples: list[tuple[int, list[int]]]) -> ShardIndex:
-    columns = {name: np.zeros(len(samples), dtype) for name, dtype in COLUMNS.items()}
+def costs_index(path: Path, samples: Sequence[Made]) -> ShardIndex:
+    """The index of a shard that does not exist."""
+    columns: dict[str, np.ndarray] = {name: np.zeros(len(samples), dtype) for name, dtype in COLUMNS.items()}
     keys = [f"k{row}".encode() for row in range(len(samples))]
     columns["key_bytes"] = np.frombuffer(b"".join(keys), np.uint8)
     columns["key_offsets"] = np.cumsum([0, *map(len, keys)])
-    columns["text_tokens"] = np.array([text for text, _ in samples], np.int32)
-    columns["clip_offsets"] = np.cumsum([0, *(len(clips) for _, clips in samples)])
-    columns["clip_samples"] = np.array([clip for _, clips in samples for clip in clips], np.int64)
-    columns["source"] = np.array([len(clips) > 0 for _, clips in samples], np.uint16)
+    columns["text_tokens"] = np.array([sample.text for sample in samples], np.int32)
+    columns["document"] = np.array([sample.document for sample in samples], np.uint8)
+    media = [
+        [*((AUDIO, clip, 0, 0, 0, 0.0) for clip in sample.clips)]
+        + [*((IMAGE, 0, height, width, 0, 0.0) for height, width in sample.images)]
+        + [*((VIDEO, 0, height, width, int(25 * secs), secs) for height, width, secs in sample.videos)]
+        for sample in samples
+    ]
+    columns["media_offsets"] = np.cumsum([0, *map(len, media)])
+    table = list(zip(*(row for rows in media for row in rows), strict=True)) or [()] * 6
+    for name, column in zip(("kind", "samples", "height", "width", "frames", "seconds"), table, strict=True):
+        columns[f"media_{name}"] = np.array(column, COLUMNS[f"media_{name}"])
+    columns["media_text"] = np.zeros(len(columns["media_kind"]), np.int32)
+    names = [("speech" if sample.clips else "text") if sample.source is None else sample.source for sample in samples]
+    languages = [sample.language for sample in samples]
+    tables = {"source": sorted(set(names)), "language": sorted(set(languages))}
+    for kind, values in (("source", names), ("language", languages)):
+        columns[kind] = np.array([tables[kind].index(value) for value in values], np.uint16)
+    pairs = Counter(zip(columns["source"].tolist(), columns["language"].tolist(), strict=True))
     about = {
-        "sources": ["text", "speech"],
-        "max_text_tokens": max(text for text, _ in samples),
-        "max_audio_samples": max(sum(clips) for _, clips in samples),
-        "max_clips": max(len(clips) for _, clips in samples),
+        "sources": tables["source"],
+        "languages": tables["language"],
+        "groups": [[*codes, count] for codes, count in pairs.items()],
+        "max_text_tokens": max(sample.text for sample in samples),
+        "max_samples": max(sum(sample.clips) for sample in samples),
+        "max_media": [max(sum(row[0] == kind for row in rows) for rows in media) for kind in range(len(KINDS))],
     }
     return ShardIndex(path, about, columns)
 
 
-def costs_plan(corpus: Corpus, seed: int = 0, **settings) -> Plan:
+def costs_plan(corpus: Corpus, seed: int = 0, *, patching: Patching | None = None, **settings) -> Plan:
     """A plan with small defaults."""
-    values = {"sequence_length": 100, "sequences_per_step": 3, "window": 8} | settings
-    return Plan(corpus, PlanSettings(**values), seed=seed, num_audio_tokens=num_audio_tokens)
+    small: dict[str, Any] = {"sequence_length": 100, "sequences_per_step": 3, "window": 8}
+    return Plan(corpus, PlanSettings(**small | settings), seed=seed, sizing=sizing(patching))

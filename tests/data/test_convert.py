@@ -1,20 +1,32 @@
-"""Converters: wavs, manifests and saved datasets to shards, bytes kept, everything left out is counted."""
+"""Converters: clips by name; what all kinds share: safety, dry runs, workers, options, the table at the end."""
 
 import io
-import json
-import sys
+import os
 import tarfile
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from data.convert import main, parse_names
+from data.convert import parse_names
+from data.convert_report import kind_of
 from data.errors import DataError
-from data.sample import parse_sample
 from data.shard_index import ShardIndex
 from data.tokenizer import load_tokenizer, train_tokenizer
 from tests.data.audio_bytes import encode, tone
+from tests.data.convert_kit import (
+    clip,
+    converts,
+    counts,
+    fails,
+    keys,
+    media_folder,
+    members,
+    run,
+    said,
+    samples,
+    tree,
+    write_lines,
+)
 
 SHARED = Path(__file__).resolve().parents[2] / "../shared/data"
 SPEAKERS = ("ann", "bob", "cat")
@@ -27,54 +39,25 @@ def wavs(tmp_path: Path) -> Path:
     for label in range(2):
         for place, speaker in enumerate(SPEAKERS):
             for take in range(5):
-                clip = encode(tone(8_000, 0.2 + 0.01 * take, hz=300 + 50 * place), 8_000)
-                (folder / f"{label}_{speaker}_{take}.wav").write_bytes(clip)
+                payload = encode(tone(8_000, 0.2 + 0.01 * take, hz=300 + 50 * place), 8_000)
+                (folder / f"{label}_{speaker}_{take}.wav").write_bytes(payload)
     return folder
-
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str, str]:
-    status = main([str(argument) for argument in arguments])
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
-
-
-def fails(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
-    status, _, error = run(capsys, *arguments)
-    assert status == 2
-    assert error.startswith("error: ") and error.count("\n") == 1
-    return error
-
-
-def members(folder: Path) -> dict[str, bytes]:
-    found = {}
-    for path in sorted(folder.glob("*.tar")):
-        with tarfile.open(path) as tar:
-            for info in tar:
-                file = tar.extractfile(info)
-                assert file is not None
-                found[info.name] = file.read()
-    return found
-
-
-def keys(folder: Path) -> set[str]:
-    return {name.partition(".")[0] for name in members(folder)}
 
 
 def test_wavs(capsys: pytest.CaptureFixture[str], wavs: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     options = ("--names", "zero,one", "--eval-speaker", "cat", "--holdout", "0.1", "--language", "en")
-    status, printed, _ = run(capsys, "wavs", wavs, out, *options)
-    assert status == 0
-    assert "train: 18 samples in 1 shards, 0 left out" in printed
-    assert "heldout: 2 samples" in printed and "speaker: 10 samples" in printed
+    printed = converts(capsys, "wavs", wavs, out, *options)
+    assert counts(printed) == (18, 1, 0) and counts(printed, "heldout") == (2, 1, 0)
+    assert counts(printed, "speaker") == (10, 1, 0) and counts(printed, "all") == (30, 3, 0)
     train, heldout, speaker = (keys(out / name) for name in ("train", "heldout", "speaker"))
     assert not train & heldout and speaker == {key for key in train | heldout | speaker if "_cat_" in key}
     assert len(train | heldout | speaker) == 30
-    found = members(out / "train")
     name = sorted(train)[0]
-    assert found[f"{name}.wav"] == (wavs / f"{name}.wav").read_bytes()
-    record, clips = parse_sample(name, found[f"{name}.json"])
-    assert clips == ["wav"] and record.messages[1]["content"][0]["text"] == ("zero" if name[0] == "0" else "one")
+    record = samples(out / "train")[name]
+    assert record.media == {"wav": (wavs / f"{name}.wav").read_bytes()}
+    assert said(record) == ("zero" if name[0] == "0" else "one")
+    assert record.messages[0]["content"][1]["text"] == "Transcribe."
     assert (record.language, record.source, record.speaker) == ("en", "wavs", name.split("_")[1])
     fingerprint = load_tokenizer(out / "tokenizer").fingerprint
     for shard in out.glob("*/*.tar"):
@@ -86,10 +69,10 @@ def test_a_tar_gives_the_same_as_its_folder(capsys: pytest.CaptureFixture[str], 
         tar.add(wavs, arcname="some/folder")
     options = ("--eval-speaker", "ann", "--holdout", "0.2", "--seed", "3")
     for source, out in ((wavs, "a"), (tmp_path / "wavs.tar", "b")):
-        assert run(capsys, "wavs", source, tmp_path / out, *options)[0] == 0
+        converts(capsys, "wavs", source, tmp_path / out, *options)
     for split in ("train", "heldout", "speaker"):
         assert members(tmp_path / "a" / split) == members(tmp_path / "b" / split)
-    assert run(capsys, "wavs", wavs, tmp_path / "c", *options[:-1], "4")[0] == 0
+    converts(capsys, "wavs", wavs, tmp_path / "c", *options[:-1], "4")
     assert keys(tmp_path / "c" / "heldout") != keys(tmp_path / "a" / "heldout")
 
 
@@ -116,32 +99,36 @@ def test_a_compressed_tar_is_not_unpacked(capsys: pytest.CaptureFixture[str], wa
 def test_what_cannot_be_used_is_counted(capsys: pytest.CaptureFixture[str], wavs: Path, tmp_path: Path) -> None:
     (wavs / "README.txt").write_text("hello")
     (wavs / "0_ann.wav").write_bytes(b"")
+    (wavs / "0_bob_8.wav").write_bytes(b"")
+    (wavs / "0_bob_1.WAV").write_bytes((wavs / "0_bob_1.wav").read_bytes())
     (wavs / "0_ann_7.wav").write_bytes(b"RIFF no sound")
     (wavs / "1_ann_7.wav").write_bytes(encode(tone(8_000)[:0], 8_000))
     (wavs / "2_ann_0.wav").write_bytes(encode(tone(8_000), 8_000))
-    status, printed, _ = run(capsys, "wavs", wavs, tmp_path / "out", "--names", "zero,one")
-    assert status == 0 and "train: 30 samples in 1 shards, 5 left out" in printed
+    printed = converts(capsys, "wavs", wavs, tmp_path / "out", "--names", "zero,one")
+    assert counts(printed) == (30, 1, 7)
+    assert "       2  not named label_speaker_number.wav\n" in printed
     for line in (
-        "README.txt: is not named label_speaker_number.wav",
-        "0_ann.wav: is not named",
-        "0_ann_7: audio cannot be decoded",
-        "1_ann_7: audio has zero length",
-        "2_ann_0.wav: label '2' is not among --names",
+        "README.txt: not named label_speaker_number.wav",
+        "0_ann.wav: not named",
+        "0_bob_8.wav: empty file: 0_bob_8.wav has 0 bytes",
+        "0_bob_1.wav: key occurs twice: 0_bob_1",
+        "0_ann_7.wav: audio is none of wav",
+        "1_ann_7.wav: audio has zero length",
+        "2_ann_0.wav: label is not among --names: 2",
     ):
         assert line in printed
 
 
 def test_wavs_errors(capsys: pytest.CaptureFixture[str], wavs: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert "no such folder or tar" in fails(capsys, "wavs", tmp_path / "none", out)
+    assert "no such f" in fails(capsys, "wavs", tmp_path / "none", out)
     assert "--eval-speaker eve" in fails(capsys, "wavs", wavs, out, "--eval-speaker", "eve")
     assert "there are ann, bob, cat" in fails(capsys, "wavs", wavs, out, "--eval-speaker", "eve")
     assert "--holdout 1.0" in fails(capsys, "wavs", wavs, out, "--holdout", "1.0")
     assert "nothing to convert" in fails(capsys, "wavs", wavs, out, "--eval-speaker", "ann,bob,cat", "--names", "a=b")
     assert "nothing to convert" in fails(capsys, "wavs", tmp_path, out)
     assert "tokenizer.json: no such file" in fails(capsys, "wavs", wavs, out, "--tokenizer", tmp_path)
-    assert run(capsys, "wavs", wavs, out)[0] == 0
-    assert "already holds" in fails(capsys, "wavs", wavs, out)
+    assert not out.exists()
 
 
 def test_names() -> None:
@@ -154,121 +141,141 @@ def test_names() -> None:
 
 def test_given_tokenizer_is_used(capsys: pytest.CaptureFixture[str], wavs: Path, tmp_path: Path) -> None:
     train_tokenizer(["other words"], 300).save(tmp_path / "tok")
-    assert run(capsys, "wavs", wavs, tmp_path / "out", "--tokenizer", tmp_path / "tok")[0] == 0
+    converts(capsys, "wavs", wavs, tmp_path / "out", "--tokenizer", tmp_path / "tok")
     ours, theirs = (load_tokenizer(folder).fingerprint for folder in (tmp_path / "out/tokenizer", tmp_path / "tok"))
     assert ours == theirs
 
 
-def write_manifest(path: Path, *lines: Any) -> Path:
-    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines) + "\n")
-    return path
-
-
-def test_manifest(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    clips = {"a.flac": "flac", "b.mp3": "mp3", "c.opus": "opus", "d.WAV": "wav"}
-    for name, kind in clips.items():
-        (tmp_path / name).write_bytes(encode(tone(16_000), 16_000, kind))
-    audio_part = {"type": "audio", "audio": "c.opus"}
-    messages = [
-        {"role": "user", "content": [audio_part, {"type": "text", "text": "and"}, {"type": "audio", "audio": "d.WAV"}]},
-        {"role": "assistant", "content": "two clips"},
+def mixed_manifest(folder: Path, rows: int = 40) -> Path:
+    """Rows about one folder of media, some of which cannot be used."""
+    media_folder(folder / "media")
+    usable = [
+        {"audio": f"media/{'ab'[i % 2]}.{('wav', 'flac')[i % 2]}", "text": f"number {i}"} for i in range(rows - 6)
     ]
-    path = write_manifest(
-        tmp_path / "list.jsonl",
-        {"audio": "a.flac", "text": "eins", "language": "de", "speaker": "eva", "key": "first"},
-        "",
-        {"audio": str(tmp_path / "b.mp3"), "text": "two"},
-        {"messages": messages},
-        {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "no audio"}]},
-        {"audio": "gone.wav", "text": "gone"},
-    )
-    status, printed, _ = run(capsys, "manifest", path, tmp_path / "out", "--language", "en")
-    assert status == 0 and "4 samples in 1 shards, 1 left out" in printed
-    assert "list-00000006: " in printed and "gone.wav: No such file" in printed
-    found = members(tmp_path / "out/train")
-    record, clips_of_first = parse_sample("first", found["first.json"])
-    assert clips_of_first == ["0.flac"] and found["first.0.flac"] == (tmp_path / "a.flac").read_bytes()
-    assert (record.language, record.speaker, record.source) == ("de", "eva", "list")
-    record, two = parse_sample("list-00000004", found["list-00000004.json"])
-    assert two == ["0.opus", "1.wav"] and record.language == "en"
+    pictures = [
+        {"image": ["media/red.png", "media/blue.jpg"], "text": "two"},
+        {"video": "media/film.mp4", "text": "grey"},
+    ]
+    bad = [
+        {"audio": "media/zero.wav", "text": "x"},
+        {"image": "media/broken.jpg", "text": "x"},
+        "{",
+        {"audio": "../q.wav", "text": ""},
+    ]
+    return write_lines(folder / "list.jsonl", *usable[: rows // 2], *bad, *pictures, *usable[rows // 2 :])
 
 
-@pytest.mark.parametrize(
-    ("line", "reason"),
-    [
-        ("{", "Expecting"),
-        ("[1]", "must be a JSON object"),
-        ({"audio": "a.wav"}, 'needs "audio" and "text"'),
-        ({"audio": "a.wav", "text": 3}, '"text" must be a string'),
-        ({"audio": "a.exe", "text": "x"}, "a.exe: is none of wav"),
-        ({"audio": "a.wav", "text": "x", "txt": ""}, "unknown field txt"),
-        ({"messages": [], "text": ""}, "not both"),
-        ({"messages": [{"role": "user"}]}, r"messages[0].content"),
-    ],
-)
-def test_manifest_errors_name_the_line(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, line: Any, reason: str
+def test_the_result_does_not_depend_on_workers(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = mixed_manifest(tmp_path)
+    printed = [
+        converts(capsys, "manifest", path, tmp_path / f"out{workers}", "--samples-per-shard", 7, "--workers", workers)
+        for workers in (1, 3)
+    ]
+    assert printed[0] == printed[1] and counts(printed[0]) == (36, 6, 4)
+    assert tree(tmp_path / "out1") == tree(tmp_path / "out3")
+    assert len(samples(tmp_path / "out1/train")) == 36
+    assert not list((tmp_path / "out3").rglob(".*"))
+
+
+def test_a_dry_run_writes_nothing_and_tells_the_same(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = mixed_manifest(tmp_path)
+    before = tree(tmp_path)
+    dry = converts(capsys, "manifest", path, tmp_path / "out", "--samples-per-shard", 7, "--dry-run", "--workers", 2)
+    assert tree(tmp_path) == before and not (tmp_path / "out").exists()
+    wet = converts(capsys, "manifest", path, tmp_path / "out", "--samples-per-shard", 7)
+    assert dry.startswith("would be written:\n")
+    told, did = (text[text.index("left out, by reason") :] for text in (dry, wet))
+    assert told == did and counts(dry) == counts(wet) == (36, 6, 4)
+
+    def cells(text: str) -> list[str]:
+        """All of a row but its MB: a dry run does not count a tar's headers."""
+        row = next(line for line in text.splitlines() if line.startswith("train")).split()
+        return row[:3] + row[4:]
+
+    assert cells(dry) == cells(wet)
+
+
+def test_shards_end_at_their_size(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """A clip of 0.5 MB: a shard of 1 MB holds two; what a job writes goes on in shard-000000_0001.tar."""
+    big = clip(16.0, rate=16_000)
+    (tmp_path / "big.wav").write_bytes(big)
+    path = write_lines(tmp_path / "list.jsonl", *[{"audio": "big.wav", "text": str(i)} for i in range(5)])
+    options = ("--shard-mb", 1)
+    assert counts(converts(capsys, "manifest", path, tmp_path / "out", *options, "--dry-run")) == (5, 3, 0)
+    assert counts(converts(capsys, "manifest", path, tmp_path / "out", *options)) == (5, 3, 0)
+    names = [path.name for path in sorted((tmp_path / "out/train").glob("*.tar"))]
+    assert names == ["shard-000000.tar", "shard-000000_0001.tar", "shard-000000_0002.tar"]
+    assert [said(record) for record in samples(tmp_path / "out/train").values()] == list("01234")
+
+
+def test_paths_stay_in_the_media_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    media_folder(tmp_path / "media")
+    (tmp_path / "secret.wav").write_bytes(clip())
+    os.symlink(tmp_path / "secret.wav", tmp_path / "media/link.wav")
+    os.mkfifo(tmp_path / "media/pipe.wav")
+    (tmp_path / "media/folder.wav").mkdir()
+    paths = ["a.wav", "../secret.wav", str(tmp_path / "secret.wav"), "link.wav", "x/../../secret.wav", "pipe.wav"]
+    paths += ["folder.wav", "http://127.0.0.1/a.wav", "sox a.wav -t wav - |", "touch x.wav|", "a\0.wav", "", "~/a.wav"]
+    path = write_lines(tmp_path / "lists/list.jsonl", *[{"audio": name, "text": "x"} for name in paths])
+    options = ("--media", tmp_path / "media")
+    printed = converts(capsys, "manifest", path, tmp_path / "out", *options)
+    assert counts(printed) == (1, 1, 12)
+    for line in (
+        "       4  path leaves the media folder\n",
+        "       2  not a regular file\n",
+        "       2  audio is a command, which is never run\n",
+        "       1  audio without a path\n",
+        "       1  no media\n",
+        "audio is an address, not a file: http://127.0.0.1/a.wav",
+        "no such file: ~/a.wav",
+    ):
+        assert line in printed
+    printed = converts(capsys, "manifest", path, tmp_path / "out2", *options, "--allow-outside")
+    assert counts(printed)[0] == 5
+    assert "no such folder" in fails(capsys, "manifest", path, tmp_path / "o", "--media", tmp_path / "none")
+
+
+def test_a_folder_of_another_conversion_is_refused(
+    capsys: pytest.CaptureFixture[str], wavs: Path, tmp_path: Path
 ) -> None:
-    path = write_manifest(tmp_path / "list.jsonl", {"audio": "a.wav", "text": "x"}, line)
-    error = fails(capsys, "manifest", path, tmp_path / "out")
-    assert "list.jsonl:2: " in error and reason in error
-
-
-def test_manifest_that_is_absent_or_binary(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert "No such file" in fails(capsys, "manifest", tmp_path / "none.jsonl", tmp_path / "out")
-    (tmp_path / "list.jsonl").write_bytes(b"\xff\xfe\x00")
-    assert "list.jsonl:1: " in fails(capsys, "manifest", tmp_path / "list.jsonl", tmp_path / "out")
-
-
-def saved_dataset(folder: Path, splits: bool) -> None:
-    datasets = pytest.importorskip("datasets", reason="the optional extra hf is absent")
-    clip = encode(tone(8_000), 8_000)
-    stored = datasets.Features(
-        {
-            "audio": {"bytes": datasets.Value("binary"), "path": datasets.Value("string")},
-            "text": datasets.Value("string"),
-            "label": datasets.ClassLabel(names=["no", "yes"]),
-            "speaker": datasets.Value("string"),
-        }
-    )
-    audio = [{"bytes": clip, "path": "x.wav"}, {"bytes": clip, "path": None}, None, {"bytes": b"?", "path": None}]
-    columns = {"audio": audio, "text": ["a", "b", "c", "d"], "label": [0, 1, 0, 1], "speaker": list("wxyz")}
-    rows = datasets.Dataset.from_dict(columns, features=stored)
-    rows = rows.cast_column("audio", datasets.Audio(decode=False))
-    (datasets.DatasetDict({"train": rows, "test": rows}) if splits else rows).save_to_disk(str(folder))
-
-
-@pytest.mark.parametrize("splits", [False, True])
-def test_saved_dataset(capsys: pytest.CaptureFixture[str], tmp_path: Path, splits: bool) -> None:
-    saved_dataset(tmp_path / "saved", splits)
-    capsys.readouterr()
     out = tmp_path / "out"
-    status, printed, _ = run(capsys, "hf", tmp_path / "saved", out, "--text-column", "label", "--language", "en")
-    assert status == 0 and printed.count("2 samples in 1 shards, 2 left out") == (2 if splits else 1)
-    assert "train row 2: 'audio' is empty" in printed
-    assert "train row 3: 'audio' is neither wav, flac, mp3 nor ogg" in printed
-    found = members(out / "train")
-    record, clips = parse_sample("train-00000001", found["train-00000001.json"])
-    assert clips == ["wav"] and found["train-00000001.wav"] == encode(tone(8_000), 8_000)
-    assert record.messages[1]["content"][0]["text"] == "yes"
-    assert (record.language, record.speaker, record.source) == ("en", "x", "saved")
-    assert (out / "test").exists() == splits
+    first = converts(capsys, "wavs", wavs, out)
+    before = tree(out)
+    assert converts(capsys, "wavs", wavs, out) == first and tree(out) == before  # nothing is left to do
+    error = fails(capsys, "wavs", wavs, out, "--language", "en", "--holdout", "0.1")
+    assert f"{out}: was begun with other options: holdout was 0.0, is 0.1, language was , is en" in error
+    (wavs / "new_ann_0.wav").write_bytes(clip())
+    assert "the source has changed since it was begun" in fails(capsys, "wavs", wavs, out)
+    (out / "convert.jsonl").unlink()
+    assert "already holds shards" in fails(capsys, "wavs", wavs, out)
 
 
-def test_saved_dataset_errors(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    saved_dataset(tmp_path / "saved", splits=False)
-    capsys.readouterr()
-    assert "no column 'sentence'" in fails(
-        capsys, "hf", tmp_path / "saved", tmp_path / "out", "--text-column", "sentence"
-    )
-    assert "not of the Audio type" in fails(
-        capsys, "hf", tmp_path / "saved", tmp_path / "out", "--audio-column", "speaker"
-    )
-    assert "not a dataset saved with" in fails(capsys, "hf", tmp_path, tmp_path / "out")
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    assert 'pip install "omniloom[hf]"' in fails(capsys, "hf", tmp_path / "saved", tmp_path / "out")
+def test_nothing_is_left_where_nothing_can_be_used(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "list.jsonl", {"audio": "gone.wav", "text": "x"})
+    error = fails(capsys, "manifest", path, tmp_path / "out")
+    assert "nothing to convert; list.jsonl:1: no such file: gone.wav" in error
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "broken.wav").write_bytes(b"RIFF no sound")
+    path = write_lines(tmp_path / "list.jsonl", {"audio": "broken.wav", "text": "x"})
+    assert "nothing to convert; list.jsonl:1: audio is none of" in fails(capsys, "manifest", path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_shard_without_a_usable_sample_is_not_kept(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    media_folder(tmp_path)
+    rows = [{"audio": name, "text": "x"} for name in ("a.wav", "broken.wav", "broken.wav", "broken.wav", "b.flac")]
+    path = write_lines(tmp_path / "list.jsonl", *rows)
+    printed = converts(capsys, "manifest", path, tmp_path / "out", "--samples-per-shard", 2)
+    assert counts(printed) == (2, 2, 3) and "       3  audio is none of" not in printed
+    assert "       3  audio" in printed and "and 0 more" not in printed
+    assert sorted(p.name for p in (tmp_path / "out/train").glob("*.tar")) == ["shard-000000.tar", "shard-000002.tar"]
+
+
+def test_kinds_of_reasons() -> None:
+    assert kind_of("no such file: a1.wav") == "no such file"
+    assert kind_of("audio is too short: 300 samples at 16 kHz") == "audio is too short"
+    assert kind_of("not UTF-8: byte 3") == "not UTF-8"
+    assert kind_of("audio claims 3700 s, the limit is 3600 s") == "audio claims N s, the limit is N s"
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the folder ../shared with real recordings is absent")
@@ -276,5 +283,5 @@ def test_real_recordings(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> 
     options = ("--eval-speaker", "nicolas", "--holdout", "0.1")
     status, printed, _ = run(capsys, "wavs", SHARED / "fsdd_dev.tar", tmp_path, *options)
     assert status == 0
-    assert "train: 1350 samples in 2 shards, 0 left out" in printed
-    assert "heldout: 150 samples" in printed and "speaker: 500 samples" in printed
+    assert counts(printed) == (1350, 2, 0)
+    assert counts(printed, "heldout") == (150, 1, 0) and counts(printed, "speaker") == (500, 1, 0)

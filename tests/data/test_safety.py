@@ -10,11 +10,13 @@ import pytest
 import soundfile
 
 from data.corpus import Corpus
+from data.costs import Sizing
 from data.errors import DataError
 from data.index import build_index
 from data.plan import Plan, PlanSettings
 from data.reader import Reader
-from tests.data.corpus_kit import members_of, num_audio_tokens, spoken, tokenizer, write_tar, written
+from tests.data.corpus_kit import members_of, spoken, tokenizer, write_tar, written
+from tests.data.layouts import layout_of
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKENIZER = tokenizer()
@@ -51,8 +53,9 @@ def test_members_that_carry_code_are_dead_weight(tmp_path: Path) -> None:
     tar = write_tar(tmp_path / "x.tar", members_of(spoken("a")) | canaries(canary))
     build_index(tar, TOKENIZER)
     corpus = Corpus.open([str(tar)])
-    plan = Plan(corpus, PlanSettings(500, 1), seed=0, num_audio_tokens=num_audio_tokens)
-    batch = Reader(corpus, TOKENIZER, seed=0, num_audio_tokens=num_audio_tokens).batch(plan.step(0)[0])
+    layout = layout_of(TOKENIZER)
+    plan = Plan(corpus, PlanSettings(500, 1), seed=0, sizing=Sizing(layout))
+    batch = Reader(corpus, TOKENIZER, seed=0, layout=layout).batch(plan.step(0)[0])
     assert batch.keys == ("x.tar:a",) and not canary.exists()
     assert set(corpus.index(0).read(0)) == {"json", "wav"}  # the others are not even indexed
 
@@ -64,20 +67,16 @@ def test_audio_of_another_kind_is_not_opened(tmp_path: Path, extension: str) -> 
     members = members_of(written("b")) | {"a.json": asks} | canaries(canary)
     index = build_index(write_tar(tmp_path / "x.tar", members), TOKENIZER)
     assert index.num_samples == 1 and not canary.exists()
-    assert index.about["left_out"] == [
-        f'x.tar:a: audio names member "{extension}"; known are wav, flac, mp3, opus, ogg'
-    ]
+    (line,) = index.about["left_out"]
+    assert line.startswith(f'x.tar:a: audio names member "{extension}"; known are wav, flac, ')
 
 
-@pytest.mark.parametrize(
-    "url", ["pipe:touch {}", "|touch {}", "-touch {}", "http://127.0.0.1/x.tar", "s3://bucket/x.tar", "file:///x.tar"]
-)
-def test_urls_and_commands_are_not_shards(tmp_path: Path, url: str) -> None:
+@pytest.mark.parametrize("url", ["pipe:touch {}", "|touch {}", "-touch {}", "file:///x.tar", "gs://bucket/x.tar"])
+def test_commands_and_other_addresses_are_not_shards(tmp_path: Path, url: str) -> None:
     canary = tmp_path / "sung"
     url = url.format(canary)
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(DataError, match="data.shards: "):
         Corpus.open([url])
-    assert str(caught.value) == f'data.shards: "{url}" is not a path of a local file; URLs and commands are not read'
     assert not canary.exists()
 
 

@@ -17,6 +17,7 @@ from data.index import build_index, build_indexes, main
 from data.sample import SampleRecord
 from data.shard_index import ShardIndex, index_path
 from data.shards import write_shards
+from data.shards import write_tar as write_shard
 from tests.data.corpus_kit import members_of, mixed, spoken, tokenizer, write_tar, written
 
 TOKENIZER = tokenizer()
@@ -32,9 +33,10 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
         shard, row = corpus.locate(sample)
         index = corpus.index(shard)
         assert corpus.name(sample) == f"train-00000{sample // 10}.tar:{record.key}"
-        assert index.read(row) == {"json": record.to_json(), **record.audio}
-        assert index.clip_samples(row) == [len(decode(payload)) for payload in record.audio.values()]
-        assert index.columns["text_tokens"][row] == count_text_tokens(record.messages, TOKENIZER)
+        assert index.read(row) == {"json": record.to_json(), **record.media}
+        costs = index.costs(slice(row, row + 1))
+        assert costs.samples_M.tolist() == [len(decode(payload)) for payload in record.media.values()]
+        assert index.columns["text_tokens"][row] == count_text_tokens(record, TOKENIZER)
         assert (index.name("source", row), index.name("language", row)) == (record.source, record.language)
     assert not list(tmp_path.glob(".*"))  # no temporary file is left
 
@@ -44,7 +46,7 @@ def test_webdataset_reads_our_shards(tmp_path: Path) -> None:
     report = write_shards(records, tmp_path, TOKENIZER)
     dataset = webdataset.WebDataset(str(report.paths[0]), shardshuffle=False)
     read = [(sample["__key__"], sample["json"], sample.get("wav")) for sample in dataset]
-    assert read == [(r.key, r.to_json(), r.audio.get("wav")) for r in records]
+    assert read == [(r.key, r.to_json(), r.media.get("wav")) for r in records]
 
 
 def test_same_records_give_the_same_bytes(tmp_path: Path) -> None:
@@ -54,11 +56,11 @@ def test_same_records_give_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_several_clips_and_one_used_twice(tmp_path: Path) -> None:
-    long, short = spoken("x", 1.0).audio["wav"], spoken("y", 0.3).audio["wav"]
+    long, short = spoken("x", 1.0).media["wav"], spoken("y", 0.3).media["wav"]
     parts = [{"type": "audio", "audio": name} for name in ("0.wav", "1.wav", "0.wav")]
     record = SampleRecord("many", [{"role": "user", "content": parts}], {"0.wav": long, "1.wav": short})
     index = ShardIndex.open(write_shards([record], tmp_path, TOKENIZER).paths[0])
-    assert index.clip_samples(0) == [16_000, 4_800, 16_000]
+    assert index.costs(slice(0, 1)).samples_M.tolist() == [16_000, 4_800, 16_000]
     assert set(index.read(0)) == {"json", "0.wav", "1.wav"}
 
 
@@ -92,11 +94,38 @@ def test_writing_twice_or_nothing_or_a_key_twice_is_refused(tmp_path: Path) -> N
         write_shards([written("a1"), written("a1")], tmp_path / "twice", TOKENIZER)
 
 
+def test_a_tar_takes_no_more_records_than_it_holds(tmp_path: Path) -> None:
+    records = iter([written(f"k{i}", "x" * 1000) for i in range(9)])
+    assert write_shard(tmp_path / "a.tar", records, 2) == 2
+    assert write_shard(tmp_path / "b.tar", records, 9, max_bytes=3000) == 3  # the third reaches it
+    assert write_shard(tmp_path / "c.tar", records, 9) == 4
+    assert write_shard(tmp_path / "d.tar", records, 9) == 0
+    names = [tarfile.open(path).getnames() for path in sorted(tmp_path.iterdir())]
+    assert [[name.partition(".")[0] for name in group] for group in names] == [
+        ["k0", "k1"],
+        ["k2", "k3", "k4"],
+        ["k5", "k6", "k7", "k8"],
+    ]
+
+
+def test_a_tar_that_cannot_be_written_whole_is_not_there(tmp_path: Path) -> None:
+    def records():
+        yield written("a")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        write_shard(tmp_path / "a.tar", records(), 9)
+    assert not list(tmp_path.iterdir())
+
+
 def test_undecodable_audio_is_left_out_and_reported(tmp_path: Path) -> None:
     bad = SampleRecord("bad", spoken("bad").messages, {"wav": b"not audio"})
     report = write_shards([spoken("a"), bad, spoken("b")], tmp_path, TOKENIZER)
     assert report.num_samples == 2
-    assert report.left_out == ["shard-000000.tar:bad: audio is not wav, flac, mp3 or ogg (starts with b'not ')"]
+    (line,) = report.left_out
+    assert line.startswith("shard-000000.tar:bad: audio is none of wav, ") and line.endswith(
+        "(starts with b'not audi')"
+    )
     assert Corpus.open([str(report.paths[0])]).left_out() == report.left_out
 
 

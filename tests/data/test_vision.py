@@ -90,6 +90,100 @@ def test_16_bits_keep_their_range():
     assert np.abs(frame_HWC - grey_HW[:, :, None] / 257).max() <= 0.5
 
 
+QUARTERS = np.array([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [255, 255, 0]]], np.uint8).repeat(32, 0).repeat(32, 1)
+
+
+def quarters(payload: bytes, tolerance: int = 0) -> bool:
+    """Whether it decodes to red, green, blue and yellow, a quarter each, in that order."""
+    frame_HWC = decode_image(payload)
+    assert frame_HWC.dtype == np.uint8 and frame_HWC.shape == (64, 64, 3)
+    middles = [(16, 16), (16, 48), (48, 16), (48, 48)]
+    return all(np.abs(frame_HWC[at].astype(int) - QUARTERS[at]).max() <= tolerance for at in middles)
+
+
+def without_segment(jpeg: bytes, marker: int) -> bytes:
+    at = jpeg.index(bytes([0xFF, marker]))
+    return jpeg[:at] + jpeg[at + 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big") :]
+
+
+def test_colours_of_every_kind_of_file():
+    image = Image.fromarray(QUARTERS)
+    palette = image.convert("P", palette=Image.Palette.ADAPTIVE, colors=4)
+    for payload in (encoded(image), encoded(palette), encoded(image, "GIF"), encoded(image, "BMP")):
+        assert quarters(payload)
+    for payload in (encoded(image, "WEBP", lossless=True), encoded(palette, "BMP"), encoded(image.convert("RGBA"))):
+        assert quarters(payload)
+    assert quarters(encoded(image, "JPEG", quality=95), 8)
+    grey = decode_image(encoded(image.convert("L"), "JPEG", quality=100))
+    assert [int(grey[at].max()) for at in ((16, 16), (16, 48), (48, 16), (48, 48))] == pytest.approx(
+        [76, 150, 29, 226], abs=2
+    )
+    bits = decode_image(encoded(Image.fromarray(QUARTERS[:, :, 0] > 0)))
+    assert (bits[:32, :32] == 255).all() and (bits[:32, 32:] == 0).all()
+
+
+def test_cmyk_of_jpeg_with_and_without_adobes_marker():
+    """Adobe stores inks inverted and says so by a marker; Pillow, as browsers do, takes all to be stored so."""
+    cmyk = Image.fromarray(QUARTERS).convert("CMYK")
+    adobe = encoded(cmyk, "JPEG", quality=95)
+    assert b"Adobe" in adobe and quarters(adobe, 8)
+    plain = without_segment(adobe, 0xEE)
+    assert b"Adobe" not in plain and quarters(plain, 8)
+    black = encoded(Image.new("CMYK", (64, 64), (0, 0, 0, 128)), "JPEG", quality=95)
+    assert np.abs(decode_image(black).astype(int) - 127).max() <= 2
+
+
+def test_transparent_entries_of_a_palette_lie_on_white():
+    palette = Image.fromarray(QUARTERS).convert("P", palette=Image.Palette.ADAPTIVE, colors=4)
+    red, green = palette.getpixel((16, 16)), palette.getpixel((48, 16))
+    for kind in ("PNG", "GIF"):
+        frame_HWC = decode_image(encoded(palette, kind, transparency=red))
+        assert (frame_HWC[16, 16] == 255).all() and (frame_HWC[48, 48] == (255, 255, 0)).all()
+    alphas = bytearray(b"\xff" * 4)
+    alphas[green] = 128
+    half = decode_image(encoded(palette, transparency=bytes(alphas)))[16, 48]
+    assert half.tolist() == [127, 255, 127]
+
+
+def test_half_transparency_lies_on_white():
+    rgba = Image.new("RGBA", (40, 40), (200, 0, 100, 51))  # a fifth
+    grey = Image.new("LA", (40, 40), (100, 51))
+    for kind in ("PNG", "WEBP"):
+        assert np.abs(decode_image(encoded(rgba, kind, lossless=True))[5, 5].astype(int) - (244, 204, 224)).max() <= 1
+    assert np.abs(decode_image(encoded(grey))[5, 5].astype(int) - 224).max() <= 1
+
+
+def png(width: int, height: int, bits: int, colours: int, rows: bytes, **chunks: bytes) -> bytes:
+    parts = {"IHDR": struct.pack(">IIBBBBB", width, height, bits, colours, 0, 0, 0)} | chunks
+    parts |= {"IDAT": zlib.compress(rows), "IEND": b""}
+    names = ((name.encode(), data) for name, data in parts.items())
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in names
+    )
+
+
+def test_16_bits_of_colour_and_of_transparency():
+    pixel = struct.pack(">HHH", 65_535, 32_896, 0)
+    assert decode_image(png(1, 1, 16, 2, b"\0" + pixel)).tolist() == [[[255, 128, 0]]]
+    with_alpha = png(1, 1, 16, 6, b"\0" + pixel + struct.pack(">H", 0))
+    assert decode_image(with_alpha).tolist() == [[[255, 255, 255]]]
+    grey = png(2, 1, 16, 0, b"\0" + struct.pack(">HH", 32_896, 1_000), tRNS=struct.pack(">H", 1_000))
+    assert decode_image(grey).tolist() == [[[128] * 3, [255] * 3]]
+
+
+def test_the_first_picture_of_two_cameras():
+    pictures = [Image.fromarray(QUARTERS), Image.new("RGB", (64, 64), "white")]
+    payload = encoded(pictures[0], "MPO", save_all=True, append_images=pictures[1:], quality=95)
+    assert Image.open(io.BytesIO(payload)).format == "MPO" and quarters(payload, 8)
+
+
+def test_first_frames_whose_animation_starts_with_a_part():
+    frames = [Image.fromarray(QUARTERS), Image.new("RGB", (64, 64), "white")]
+    for kind, options in (("GIF", {}), ("WEBP", {"lossless": True}), ("PNG", {})):
+        payload = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)
+        assert getattr(Image.open(io.BytesIO(payload)), "n_frames", 1) == 2 and quarters(payload)
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation(orientation):
     stored = Image.fromarray(noise(40, 60))

@@ -11,7 +11,8 @@ from data.corpus import Corpus
 from data.prompts import PromptSet
 from data.reader import Reader
 from data.shards import write_shards
-from tests.data.corpus_kit import num_audio_tokens, spoken, tokenizer, written
+from tests.data.corpus_kit import spoken, tokenizer, written
+from tests.data.layouts import layout_of
 from train.engines import Shard
 from train.evaluate import Evaluator, normalise
 from train.recipe import EvalConfig
@@ -55,7 +56,7 @@ def make_set(folder: Path) -> PromptSet:
     ]
     write_shards(records, folder, tokenizer())
     corpus = Corpus.open([f"{folder}/*.tar"], tokenizer().fingerprint)
-    return PromptSet(Reader(corpus, tokenizer(), seed=0, num_audio_tokens=num_audio_tokens))
+    return PromptSet(Reader(corpus, tokenizer(), seed=0, layout=layout_of(tokenizer())))
 
 
 def test_report_counts_by_language(tmp_path: Path) -> None:

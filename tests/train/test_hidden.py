@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from models.audio_encoder import num_audio_tokens
 from models.omni import Omni
 from models.talker_inputs import multimodal_rows
 from tests.data.corpus_kit import mixed, tokenizer
+from tests.data.layouts import layout_of
 from tests.models import random_model as r
 from tests.models import random_speech as s
 from train.hidden import cache_hidden
@@ -38,7 +40,7 @@ def made(tmp_path):
     r.randomize(omni, 0)
     write_shards(mixed(14), tmp_path, TOKENIZER, 9)
     corpus = Corpus.open([str(tmp_path / "*.tar")], TOKENIZER.fingerprint)
-    return omni, corpus, Reader(corpus, TOKENIZER, seed=0, num_audio_tokens=num_audio_tokens)
+    return omni, corpus, Reader(corpus, TOKENIZER, seed=0, layout=layout_of(TOKENIZER))
 
 
 def cached(omni, corpus, model="weights-1"):
@@ -116,4 +118,4 @@ def test_nothing_is_left_where_writing_fails(made):
     with pytest.raises(ValueError, match="1 samples were added, the shard has 9"):
         with HiddenWriter(index, model="m", layer=1, width=4) as writer:
             writer.add(torch.zeros(2, 4))
-    assert sorted(p.suffix for p in corpus.paths[0].parent.iterdir()) == [".index", ".index", ".tar", ".tar"]
+    assert sorted(p.suffix for p in Path(corpus.paths[0]).parent.iterdir()) == [".index", ".index", ".tar", ".tar"]

@@ -9,8 +9,8 @@ import torch
 
 from data.types import Batch
 from train.engines import Shard, StepStats
-from train.loop import fit, spans
-from train.recipe import load_recipe
+from train.loop import fit
+from train.recipe import load_recipe, spans
 
 RECIPE = load_recipe(["recipe=demo", "phases={a: {steps: 4}, b: {steps: 6, lr: 0.5, warmup_steps: 0}}", "save.every=3"])
 

@@ -1,0 +1,132 @@
+"""What a recipe reads: its shards, the order of training, and its evaluation sets.
+
+recipe, tokenizer, model's sizes --> corpus --> Plan of each phase, Reader, Evaluator
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
+
+from data.augment import Augment
+from data.corpus import Corpus
+from data.plan import Plan, PlanSettings
+from data.prompts import PromptSet
+from data.reader import Reader
+from data.tokenizer import Tokenizer
+from models.config import ThinkerConfig
+from train.evaluate import Evaluator
+from train.layout import ModelLayout, media_tokens, work_of
+from train.recipe import Recipe, spans
+
+
+@dataclass(frozen=True)
+class Course:
+    """The order of training in one phase: a plan, and the step of the run at which its own steps begin."""
+
+    plan: Plan
+    origin: int
+
+    def cursor(self, step: int) -> dict[str, Any]:
+        """What a checkpoint keeps so that a run which goes on with `step` need not look for its place."""
+        return asdict(self.plan.cursor(step - self.origin))
+
+    def seek(self, cursor: Mapping[str, Any], first: bool) -> None:
+        """Go on from a checkpoint's cursor; at the `first` step of a phase that of another phase's plan means nothing.
+
+        Raises DataError where the data or its settings changed within the phase.
+        """
+        if not first or cursor["plan"] == self.plan.fingerprint:
+            self.plan.seek(cursor)
+
+    def about(self) -> list[str]:
+        """What the data is, and what of it does not take part, as lines. Raises DataError for what may not be."""
+        plan, corpus = self.plan, self.plan.corpus
+        lines = [f"data: {corpus.num_samples:,} samples in {len(corpus.paths)} shards"]
+        for source, count in sorted(plan.dropped.items()):
+            lines.append(
+                f"dropped as longer than data.sequence_length: {count:,} samples of source {source or 'unknown'}"
+            )
+        for source, count in sorted(plan.left_out.items()):
+            lines.append(f"left out by the mixture: {count:,} samples of source {source}")
+        left_out = corpus.left_out()
+        lines += [f"left out by the index: {line}" for line in left_out[:5]]
+        if len(left_out) > 5:
+            lines.append(f"and {len(left_out) - 5:,} more left out by the index")
+        return lines
+
+    def shares(self, step: int) -> dict[str, float]:
+        """Share of the tokens before `step` of each source and language; empty without a mixture."""
+        if self.plan.settings.mixture is None:
+            return {}
+        tokens = self.plan.realised(step - self.origin)
+        total = max(sum(tokens.values()), 1)
+        return {"/".join(name): round(count / total, 6) for name, count in tokens.items()}
+
+    def report(self, step: int) -> list[str]:
+        """Asked and realised shares before `step`, as lines of a table; none without a mixture."""
+        return self.plan.mixture_report(step - self.origin)
+
+
+@dataclass(frozen=True)
+class Feed:
+    """What a run reads: one reader, and the course of each phase."""
+
+    reader: Reader
+    courses: Mapping[str, Course]
+
+
+def open_feed(recipe: Recipe, tokenizer: Tokenizer, model: ThinkerConfig) -> Feed:
+    """The order of training and what reads it. Raises DataError for shards that cannot be used, or end too early.
+
+    A phase with a mixture of its own has a plan of its own. The others share one, which stands still meanwhile.
+    """
+    data, layout = recipe.data, model_layout(model, tokenizer)
+    corpus = Corpus.open(data.shards, tokenizer.fingerprint, data.store)
+    settings = PlanSettings(
+        data.sequence_length,
+        data.sequences_per_step,
+        data.window,
+        tuple(data.speeds),
+        data.too_long,
+        data.augment.ramp_epochs,
+        data.mixture,
+    )
+    reader = Reader(
+        corpus,
+        tokenizer,
+        seed=recipe.seed,
+        layout=layout,
+        limits=data.limits,
+        augment=None if data.augment == Augment() else data.augment,
+        sequence_length=data.sequence_length,
+    )
+    make = partial(Plan, corpus, seed=recipe.seed, sizing=reader.sizing, work=work_of(model))
+    shared, own_steps, courses = None, 0, {}
+    for span in spans(recipe):
+        if span.phase.mixture is not None:
+            course = Course(make(replace(settings, mixture=span.phase.mixture)), span.start)
+            own_steps += span.phase.steps
+        else:
+            shared = shared or make(settings)
+            course = Course(shared, own_steps)
+        course.plan.require(min(span.stop, recipe.max_steps or span.stop) - course.origin)
+        courses[span.name] = course
+    return Feed(reader, courses)
+
+
+def model_layout(model: ThinkerConfig, tokenizer: Tokenizer) -> ModelLayout:
+    """What the data needs to know of a model."""
+    return ModelLayout.of(model, media_tokens(model, tokenizer))
+
+
+def open_evaluator(recipe: Recipe, tokenizer: Tokenizer, model: ThinkerConfig) -> Evaluator:
+    """The recipe's evaluation sets. Raises DataError for shards that cannot be used."""
+    data, layout = recipe.data, model_layout(model, tokenizer)
+    sets = {}
+    for name, shards in recipe.eval.sets.items():
+        corpus = Corpus.open(shards, tokenizer.fingerprint, data.store)
+        sets[name] = PromptSet(Reader(corpus, tokenizer, seed=recipe.seed, layout=layout, limits=data.limits))
+    return Evaluator(recipe.eval, sets, tokenizer)

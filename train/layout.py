@@ -1,0 +1,103 @@
+"""The model's knowledge of tokens, for `data`, which imports no model.
+
+model's configuration --> ModelLayout --data.plan: lengths; data.document: token ids and position ids
+                      --> work_of: what tokens, frames and patches cost, for balance
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch import Tensor
+
+from data.costs import Work
+from data.tokenizer import AUDIO_END, AUDIO_START, VISION_END, VISION_START, Tokenizer
+from data.vision import Grid, Patching
+from models import positions
+from models.audio_encoder import num_audio_tokens
+from models.config import ThinkerConfig
+from models.flops import audio_flops, text_flops, vision_flops
+from models.positions import MediaTokens
+
+
+@dataclass(frozen=True)
+class ModelLayout:
+    """A data.layout.Layout: the released model's unless made by `of`."""
+
+    tokens: MediaTokens = field(default_factory=MediaTokens)
+    patching: Patching | None = field(default_factory=Patching)
+    audio_window: int = 800
+    rate: float = positions.RATE
+
+    @classmethod
+    def of(cls, thinker: ThinkerConfig, tokens: MediaTokens) -> ModelLayout:
+        """A model's; `tokens` by MediaTokens.of or `media_tokens`."""
+        vision = thinker.vision
+        patching = (
+            Patching(vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size) if vision else None
+        )
+        return cls(tokens, patching, thinker.audio.n_window_infer, thinker.position_id_per_seconds)
+
+    @property
+    def merge(self) -> int:
+        """Side of a block of patches that becomes one token."""
+        return self.patching.merge_size if self.patching else positions.MERGE
+
+    def num_audio_tokens(self, frames: np.ndarray) -> np.ndarray:
+        """Placeholders of clips of so many log-mel frames."""
+        return num_audio_tokens(frames)
+
+    def text(self, num_tokens: int) -> positions.Text:
+        """A stretch of text."""
+        return positions.Text(num_tokens)
+
+    def audio(self, frames: int) -> positions.Audio:
+        """A clip of so many log-mel frames."""
+        return positions.Audio(int(num_audio_tokens(frames)))
+
+    def image(self, grid: Grid) -> positions.Image:
+        """A picture."""
+        return positions.Image(grid)
+
+    def video(self, grid: Grid, times: Sequence[float], frames: int | None) -> positions.Video:
+        """A film: seconds of each temporal patch; log-mel frames of its sound, None where that is not heard."""
+        if frames is None:
+            return positions.Video(grid, times)
+        return positions.VideoWithAudio(grid, times, int(num_audio_tokens(frames)))
+
+    def num_tokens(self, segment: positions.Segment) -> int:
+        """Tokens of a segment, those that wrap it included."""
+        return positions.num_tokens(segment, self.merge)
+
+    def lay_out(self, segments: Sequence[positions.Segment], text_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """One document: token ids int64 [T] and position ids float32 [3, T]."""
+        return positions.lay_out(segments, text_ids, self.tokens, merge=self.merge, rate=self.rate)
+
+
+def media_tokens(thinker: ThinkerConfig, tokenizer: Tokenizer) -> MediaTokens:
+    """The special tokens around media, by the tokenizer's names. Raises DataError where it lacks one that is needed."""
+    start, end = tokenizer.id(AUDIO_START), tokenizer.id(AUDIO_END)
+    if thinker.image_token_id is None or thinker.video_token_id is None:
+        return MediaTokens(thinker.audio_token_id, -1, -1, start, end, -1, -1)
+    opening, closing = tokenizer.id(VISION_START), tokenizer.id(VISION_END)
+    return MediaTokens(
+        thinker.audio_token_id, thinker.image_token_id, thinker.video_token_id, start, end, opening, closing
+    )
+
+
+def work_of(config: ThinkerConfig) -> Work:
+    """What a model's tokens cost, from its FLOPs: a decoder token is 1, its attention apart."""
+    text, vision = config.text, config.vision
+    attention = (text_flops(text, [2]) - 2 * text_flops(text, [1])) / 2  # of one pair of tokens
+    token = text_flops(text, [1]) - attention
+    window = config.audio.n_window_infer
+    frame = audio_flops(config.audio, [window]) / window
+    if vision is None:
+        return Work(1.0, attention / token, frame / token, 0.0, 0.0)
+    merge = vision.spatial_merge_size
+    small, large = (vision_flops(vision, [(1, merge, merge * columns)]) for columns in (1, 2))
+    patches = merge * merge
+    squared = (large - 2 * small) / (2 * patches**2)
+    return Work(1.0, attention / token, frame / token, (small / patches - squared * patches) / token, squared / token)
