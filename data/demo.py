@@ -33,10 +33,11 @@ from tqdm import tqdm
 
 from data.chat import rendered_texts
 from data.demo_plan import Planned, Settings, plan
-from data.demo_render import render, speak_all
+from data.demo_render import render
 from data.demo_tasks import TASKS
 from data.demo_words import LANGUAGES
 from data.errors import DataError
+from data.espeak import Synthesizer
 from data.sample import SampleRecord
 from data.shards import write_shards
 from data.tokenizer import train_tokenizer
@@ -109,11 +110,11 @@ def _in_turn(chunks: Sequence[Sequence[Planned]], seed: int, workers: int) -> It
 
 
 def _render_chunk(chunk: Sequence[Planned], seed: int) -> list[SampleRecord]:
-    spoken = speak_all((medium for planned in chunk for medium in planned.media.values()), seed)
     made = []
-    for planned in chunk:
-        media = {name: render(medium, name, spoken) for name, medium in planned.media.items()}
-        made.append(replace(planned.record, media=media))
+    with Synthesizer(seed) as espeak:
+        for planned in chunk:
+            media = {name: render(medium, name, espeak) for name, medium in planned.media.items()}
+            made.append(replace(planned.record, media=media))
     return made
 
 

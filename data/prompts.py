@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from data.chat import answer_text
 from data.reader import Reader, open_sample
 from data.types import Batch
@@ -25,17 +27,21 @@ class Prompt:
 
 
 class PromptSet:
-    """The samples of an evaluation set, numbered from 0."""
+    """The conversations of an evaluation set."""
 
     def __init__(self, reader: Reader) -> None:
         self.reader = reader
         self._corpus = reader.corpus
+        forms = [self._corpus.index(shard).columns["document"] for shard in range(len(self._corpus.paths))]
+        self.samples = np.flatnonzero(np.concatenate(forms) == 0)  # int64: ids; a document asks nothing
 
-    def __len__(self) -> int:
-        return self._corpus.num_samples
+    @property
+    def num_documents(self) -> int:
+        """Samples that ask nothing."""
+        return self._corpus.num_samples - len(self.samples)
 
     def prompt(self, sample: int) -> Prompt:
-        """Key, language and reference of a sample. Raises BadSample where its bytes are damaged."""
+        """Key, language and reference of a sample. Raises BadSample where it is damaged or ends without an answer."""
         record, _ = open_sample(self._corpus, sample, self.reader.limits.max_bytes)
         return Prompt(record.key, record.language or "unknown", answer_text(record))
 

@@ -21,6 +21,7 @@ from pathlib import Path
 import jiwer
 import torch
 
+from data.errors import BadSample
 from data.hashing import permutation
 from data.prompts import Prompt, PromptSet
 from data.tokenizer import Tokenizer
@@ -56,7 +57,8 @@ class Report:
     step: int
     rows: tuple[Row, ...]  # languages, then "all"
     examples: tuple[dict[str, str], ...]  # key, language, reference, answer
-    skipped: tuple[str, ...]  # samples that could not be read
+    skipped: tuple[str, ...]  # samples that could not be read, or have no answer to compare with
+    num_documents: int = 0  # of the set, which ask nothing
 
     @property
     def wer(self) -> float:
@@ -78,7 +80,9 @@ class Report:
                 f"{row.insertions:>6}{row.num_samples:>9}"
             )
         if self.skipped:
-            lines.append(f"  {len(self.skipped)} samples could not be read, first: {self.skipped[0]}")
+            lines.append(f"  {len(self.skipped)} samples could not be used, first: {self.skipped[0]}")
+        if self.num_documents:
+            lines.append(f"  {self.num_documents} samples are documents, which ask nothing")
         return "\n".join(lines)
 
     def write(self, folder: Path, step: int) -> Path:
@@ -108,7 +112,7 @@ class Evaluator:
             yield self._report(engine, name, prompts, step)
 
     def _report(self, engine: Engine, name: str, prompts: PromptSet, step: int) -> Report:
-        chosen = _choose(len(prompts), self.config.max_samples)
+        chosen = prompts.samples[_choose(len(prompts.samples), self.config.max_samples)].tolist()
         groups = prompts.groups(chosen, self.config.batch_tokens)
         # summed over ranks: each fills its own rows with token ids, plus one
         mine = torch.zeros(len(chosen), self.config.max_new_tokens, dtype=torch.float64)
@@ -124,12 +128,15 @@ class Evaluator:
                 read[place] = 1
                 mine[place, : len(ids)] = torch.tensor(ids, dtype=torch.float64) + 1
         answers, read = ranks.total(mine).long() - 1, ranks.total(read)
-        pairs = [
-            (prompts.prompt(index), self.tokenizer.decode([i for i in ids if i >= 0]).strip())
-            for index, ids, ok in zip(chosen, answers.tolist(), read.tolist(), strict=True)
-            if ok
-        ]
-        return Report(name, step, _rows(pairs), _examples(pairs), tuple(skipped))
+        pairs = []
+        for sample, ids, ok in zip(chosen, answers.tolist(), read.tolist(), strict=True):
+            try:
+                if ok:
+                    text = self.tokenizer.decode([i for i in ids if i >= 0]).strip()
+                    pairs.append((prompts.prompt(sample), text))
+            except BadSample as error:
+                skipped.append(f"{prompts.reader.corpus.name(sample)}: {error.reason}")
+        return Report(name, step, _rows(pairs), _examples(pairs), tuple(skipped), prompts.num_documents)
 
 
 def _choose(count: int, most: int) -> list[int]:

@@ -22,6 +22,9 @@ from train.layout import ModelLayout, media_tokens, work_of
 from train.recipe import Recipe, spans
 
 
+MOST_ROWS = 40  # of a table
+
+
 @dataclass(frozen=True)
 class Course:
     """The order of training in one phase: a plan, and the step of the run at which its own steps begin."""
@@ -67,7 +70,9 @@ class Course:
 
     def report(self, step: int) -> list[str]:
         """Asked and realised shares before `step`, as lines of a table; none without a mixture."""
-        return self.plan.mixture_report(step - self.origin)
+        lines = self.plan.mixture_report(step - self.origin)
+        more = len(lines) - 1 - MOST_ROWS
+        return lines if more <= 0 else [*lines[: 1 + MOST_ROWS], f"and {more} more; metrics.jsonl has them all"]
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import pytest
 from data.audio import decode
 from data.demo_language import COLOURS, DIRECTIONS, PLACES, SHAPES, SINGLE_SOUNDS, SIZES, SOUNDS, Thing
 from data.demo_media import encode_film, encode_image, encode_sound
-from data.demo_render import render, speak_all
+from data.demo_render import render
 from data.demo_scenes import _RGB, Film, Picture, draw_film, draw_picture
 from data.demo_sounds import make_sound
 from data.demo_studio import Medium, Narrated, Recording, Speech
@@ -112,7 +112,8 @@ def test_films_show_what_they_tell() -> None:
 
 def rendered(medium: Medium, extension: str) -> bytes:
     pytest.importorskip("espeakng_loader", reason="espeak-ng (the optional extra demo) is absent")
-    return render(medium, extension, speak_all([medium], 0))
+    with Synthesizer() as espeak:
+        return render(medium, extension, espeak)
 
 
 def test_sound_of_a_film_comes_when_it_happens() -> None:

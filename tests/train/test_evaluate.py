@@ -93,4 +93,4 @@ def test_a_damaged_clip_is_counted_not_hidden(tmp_path: Path) -> None:
     (report,) = Evaluator(EvalConfig(max_new_tokens=30), {"s": prompts}, tokenizer()).reports(engine, 0)  # type: ignore[arg-type]
     assert report.rows[-1].num_samples == 3 and report.wer == 0
     assert len(report.skipped) == 1 and ":a: " in report.skipped[0] and "crc32" in report.skipped[0]
-    assert "1 samples could not be read" in report.table()
+    assert "1 samples could not be used" in report.table()
