@@ -44,7 +44,7 @@ def render(medium: Medium, extension: str, espeak: Synthesizer) -> bytes:
 def _spoken(speech: Speech, espeak: Synthesizer) -> np.ndarray:
     """float32 [S]."""
     wave_S = espeak.speak(speech.text, speech.speaker, speech.rate, speech.pitch) / np.float32(1 << 15)
-    return soxr.resample(wave_S, espeak.sample_rate, SAMPLE_RATE)  # of int16 it would dither, seeded by the clock
+    return soxr.resample(wave_S, espeak.sample_rate, SAMPLE_RATE)  # int16 it dithers, never twice the same way
 
 
 def _film(content: Film | Narrated, rng: random.Random, espeak: Synthesizer) -> bytes:
