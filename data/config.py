@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import asdict, dataclass, field
 
 from data.audio import Limits
 from data.augment import Augment
@@ -73,13 +74,14 @@ class DataConfig:
             raise DataError(f'data.too_long={self.too_long}: must be "error", "drop" or "split"')
         if not self.speeds or not all(0.5 <= speed <= 2.0 for speed in self.speeds):
             raise DataError(f"data.speeds={list(self.speeds)}: must be one or more factors between 0.5 and 2")
-        pixels = {"data.image": self.image, "data.video": self.video}
-        for name, sizes in pixels.items():
-            if not 0 < sizes.min_pixels <= sizes.max_pixels:
-                raise DataError(f"{name}.min_pixels={sizes.min_pixels}: must be above 0 and at most {name}.max_pixels")
-        video = self.video
-        if not (0 < video.fps and 1 <= video.min_frames <= video.max_frames and video.max_tokens > 0):
-            raise DataError("data.video: fps and max_tokens must be above 0, and min_frames 1 to max_frames")
+        for name, group in {"data.image": self.image, "data.video": self.video}.items():
+            for key, value in asdict(group).items():
+                if not 0 < value < math.inf:
+                    raise DataError(f"{name}.{key}={value}: must be above 0")
+            if group.min_pixels > group.max_pixels:
+                raise DataError(f"{name}.min_pixels={group.min_pixels}: must be at most {name}.max_pixels")
+        if self.video.min_frames > self.video.max_frames:
+            raise DataError(f"data.video.min_frames={self.video.min_frames}: must be at most data.video.max_frames")
         if self.mixture is not None:
             self.mixture.validate()
         self.store.validate()

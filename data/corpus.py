@@ -10,6 +10,7 @@ together.
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -39,7 +40,8 @@ class Corpus:
         self.names = tuple(names)  # of the shards, as they appear in the names of samples
         self.offsets = offsets  # int64 [shards + 1]: ids of shard s are offsets[s] to offsets[s + 1] - 1
         self.fingerprint = fingerprint  # same fingerprint, same samples under the same ids
-        self.num_samples = int(offsets[-1])
+        self._starts: list[int] = offsets.tolist()  # the same, for one sample at a time
+        self.num_samples = self._starts[-1]
         self._open: dict[int, ShardIndex] = {}
 
     @classmethod
@@ -82,8 +84,8 @@ class Corpus:
 
     def locate(self, sample: int) -> tuple[int, int]:
         """(shard, row in the shard) of a sample id."""
-        shard = int(np.searchsorted(self.offsets, sample, side="right")) - 1
-        return shard, sample - int(self.offsets[shard])
+        shard = bisect_right(self._starts, sample) - 1
+        return shard, sample - self._starts[shard]
 
     def costs(self, sample: int) -> Costs:
         """What the index says of one sample."""
@@ -97,7 +99,8 @@ class Corpus:
 
     def left_out(self) -> list[str]:
         """One line for every sample that indexing found unusable."""
-        return [line for shard in range(len(self.paths)) for line in self.index(shard).about["left_out"]]
+        lines = [str(line) for shard in range(len(self.paths)) for line in self.index(shard).about["left_out"]]
+        return [line if line.isprintable() else repr(line)[1:-1] for line in lines]  # they go to terminals
 
 
 def _fetch_indexes(store: Store, paths: Sequence[str]) -> None:

@@ -38,6 +38,7 @@ from data.demo_tasks import TASKS
 from data.demo_words import LANGUAGES
 from data.errors import DataError
 from data.espeak import Synthesizer
+from data.interrupts import uninterrupted
 from data.sample import SampleRecord
 from data.shards import write_shards
 from data.tokenizer import train_tokenizer
@@ -113,7 +114,8 @@ def _render_chunk(chunk: Sequence[Planned], seed: int) -> list[SampleRecord]:
     made = []
     with Synthesizer(seed) as espeak:
         for planned in chunk:
-            media = {name: render(medium, name, espeak) for name, medium in planned.media.items()}
+            with uninterrupted():
+                media = {name: render(medium, name, espeak) for name, medium in planned.media.items()}
             made.append(replace(planned.record, media=media))
     return made
 

@@ -14,10 +14,13 @@ from __future__ import annotations
 
 import glob
 import os
+import re
+import signal
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -32,12 +35,15 @@ from data.chat import gaps, wrap
 from data.costs import AUDIO, FILM, IMAGE, KINDS, VIDEO
 from data.document import MediaLimits
 from data.errors import BadSample, DataError
+from data.interrupts import uninterrupted
 from data.sample import MAX_JSON_BYTES, Medium, SampleRecord, media_of, parse_sample
 from data.shard_index import ShardIndex, header_digest, headers, save_index
 from data.tar import BLOCK, TarMember, group_samples, read_members, read_range
 from data.tokenizer import Tokenizer, load_tokenizer
 from data.video import measure_video
 from data.vision import measure_image
+
+_SETTING = re.compile(r"[a-z_]+=(?!.*\.tar$)")
 
 __all__ = ["ShardIndex", "build_index", "build_indexes", "main"]
 
@@ -68,8 +74,11 @@ class _Columns:
     codes: dict[str, dict[str, int]] = field(default_factory=lambda: {"extensions": {}, "languages": {}, "sources": {}})
 
     def code(self, table: str, name: str) -> int:
-        """Number of `name` in a table of names, which grows as names come up."""
-        return self.codes[table].setdefault(name, len(self.codes[table]))
+        """Number of `name` in a table of names, which grows as names come up. Raises BadSample where it is full."""
+        codes = self.codes[table]
+        if name not in codes and len(codes) > np.iinfo(np.uint16).max:
+            raise BadSample(f"its shard has more than {len(codes):,} different {table}")
+        return codes.setdefault(name, len(codes))
 
 
 class _Size(NamedTuple):
@@ -106,11 +115,11 @@ def build_index(tar: Path, tokenizer: Tokenizer, limits: MediaLimits | None = No
     with open(tar, "rb") as file:
         for key, members in groups:
             try:
-                sample = _measure(file.fileno(), key, members, tokenizer, limits)
+                with uninterrupted():
+                    sample = _measure(file.fileno(), key, members, tokenizer, limits)
+                _append(columns, key, sample)
             except BadSample as error:
                 left_out.append(f"{tar.name}:{key}: {error.reason}")
-                continue
-            _append(columns, key, sample)
         if not columns.text_tokens:
             first = f"; the first: {left_out[0]}" if left_out else ""
             raise DataError(f"{tar}: holds no usable sample{first}")
@@ -158,13 +167,15 @@ def _size(medium: Medium, payload: bytes, limits: MediaLimits) -> _Size:
 
 
 def _append(columns: _Columns, key: str, sample: _Sample) -> None:
+    language, source = columns.code("languages", sample.record.language), columns.code("sources", sample.record.source)
+    extensions = [columns.code("extensions", member.extension) for member, _ in sample.members]
     columns.key_bytes += key.encode()
     columns.key_offsets.append(len(columns.key_bytes))
-    for member, crc in sample.members:
+    for (member, crc), extension in zip(sample.members, extensions, strict=True):
         columns.member_start.append(member.start)
         columns.member_size.append(member.size)
         columns.member_crc.append(crc)
-        columns.member_extension.append(columns.code("extensions", member.extension))
+        columns.member_extension.append(extension)
     columns.member_offsets.append(len(columns.member_start))
     for size, text in zip(sample.sizes, sample.gaps, strict=False):
         for name, value in size._asdict().items():
@@ -173,8 +184,8 @@ def _append(columns: _Columns, key: str, sample: _Sample) -> None:
     columns.media_offsets.append(len(columns.media_kind))
     columns.text_tokens.append(sum(sample.gaps) + sample.wraps)
     columns.document.append(bool(sample.record.segments))
-    columns.language.append(columns.code("languages", sample.record.language))
-    columns.source.append(columns.code("sources", sample.record.source))
+    columns.language.append(language)
+    columns.source.append(source)
 
 
 def _about(tar: Path, fd: int, columns: _Columns, tokenizer: Tokenizer, left_out: list[str]) -> dict:
@@ -231,7 +242,8 @@ def _build_in_parallel(
 ) -> None:
     context = get_context("forkserver")  # forking a process that has threads can deadlock
     context.set_forkserver_preload(["__main__", "data.index"])
-    with ProcessPoolExecutor(min(workers, len(tars)), mp_context=context) as pool:
+    interrupts = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the workers too; this process ends them
+    with ProcessPoolExecutor(min(workers, len(tars)), context, signal.signal, interrupts) as pool:
         jobs = [pool.submit(_build_quietly, tar, tokenizer, limits) for tar in tars]
         try:
             for job in as_completed(jobs):
@@ -248,21 +260,28 @@ def _build_quietly(tar: Path, tokenizer: Tokenizer, limits: MediaLimits | None) 
 
 def main(arguments: Sequence[str]) -> int:
     """The command; returns the exit status."""
-    settings = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
-    given = [argument for argument in arguments if "=" not in argument]
+    settings = dict(argument.split("=", 1) for argument in arguments if _SETTING.match(argument))
+    given = [argument for argument in arguments if not _SETTING.match(argument)]
     # a quoted pattern is expanded here: a shell's own expansion of many shards can be too long for a command line
     tars = [Path(path) for argument in given for path in sorted(glob.glob(argument)) or [argument]]
-    unknown = sorted(set(settings) - {"tokenizer", "workers"})
+    unknown, workers = sorted(set(settings) - {"tokenizer", "workers"}), settings.get("workers", "1")
     try:
         if not tars or "tokenizer" not in settings or unknown:
             raise DataError("usage: python -m data.index SHARDS... tokenizer=FOLDER [workers=N]")
-        if not settings.get("workers", "1").isdigit():
-            raise DataError(f"workers={settings['workers']}: must be a whole number")
-        tokenizer = load_tokenizer(settings["tokenizer"])
-        left_out = build_indexes(tars, tokenizer, int(settings.get("workers", "1")))
-    except DataError as error:
+        if not workers.isdigit() or workers == "0":
+            raise DataError(f"workers={workers}: must be a whole number above 0")
+        remote = next((argument for argument in given if "://" in argument), None)
+        if remote:
+            raise DataError(
+                f"{remote}: indexes are made of local shards; copy it here, or index it where it was written"
+            )
+        left_out = build_indexes(tars, load_tokenizer(settings["tokenizer"]), int(workers))
+    except (DataError, OSError, BrokenProcessPool) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on with the shards that have no index yet", file=sys.stderr)
+        return 130
     for line in left_out[:20]:
         print(f"left out: {line}", file=sys.stderr)
     print(f"{len(tars)} shards indexed, {len(left_out)} samples left out")

@@ -140,20 +140,25 @@ class Shares:
         for source, tokens in zip(self.sources, tokens_G, strict=True):
             by_source[source] += tokens
         for source, tokens in by_source.items():
-            if not tokens:
+            if not tokens and mixture.weights:
                 raise DataError(
                     f'data.mixture: every sample of source "{source}" is too long; raise data.sequence_length or set '
                     f"data.mixture.weights.{source}=0"
                 )
-        most = max(by_source.values())
-        self._weights = mixture.weights or {
+        most, heaviest = max(by_source.values()), max(mixture.weights.values(), default=1.0)
+        self._weights = {source: weight / heaviest for source, weight in mixture.weights.items()} or {
             source: _power(tokens / most, mixture.temperature) for source, tokens in by_source.items()
         }
         self._factors = [
-            _power(tokens / by_source[group.name[0]], mixture.language_temperature)
+            _power(tokens / max(by_source[group.name[0]], 1), mixture.language_temperature)
             * mixture.languages.get(group.name[1], 1.0)
             for group, tokens in zip(groups, tokens_G, strict=True)
         ]
+        for group, tokens, share in zip(groups, tokens_G, self.of([True] * len(groups)), strict=True):
+            if tokens and not share > 0:
+                raise DataError(
+                    f"data.mixture: the share of {'/'.join(group.name)} is too small to count; leave it out"
+                )
         self.asked = [share > 0 for share in self.of([True] * len(groups))]
         self.caps = {source: mixture.caps.get(source, math.inf) for source in by_source}
         epochs = {source: mixture.epochs.get(source, math.inf) for source in by_source}

@@ -283,6 +283,9 @@ class Plan:
 
     def _pack_window(self, mark: _Mark) -> _Window:
         rows, state = self._order.draw(mark.state)
+        if rows.tokens.max(initial=0) > self.settings.sequence_length:
+            name = self.corpus.name(int(rows.samples[rows.tokens.argmax()]))
+            raise DataError(f"{name}: longer than its index says any sample is; run python -m data.index again")
         order = np.argsort(hashed(self.seed, rows.epochs, SAMPLES, rows.samples), kind="stable")
         packed, starts = pack(rows.tokens[order], self.settings.sequence_length)
         epoch, window = self._order.place(mark.state)
@@ -318,7 +321,8 @@ def _probe(sizing: Sizing) -> tuple:
         text_before_M=zeros,
     )
     heard = np.asarray(sizing.layout.num_audio_tokens(frames)).tolist()
-    return heard, sizing.sizes(costs).grid_M3.tolist(), sizing.layout.audio_window
+    chosen = sorted(asdict(sizing.video).items()), sizing.image.min_pixels, sizing.image.max_pixels
+    return heard, sizing.sizes(costs).grid_M3.tolist(), sizing.layout.audio_window, chosen
 
 
 def _tuple(value: Any) -> Any:

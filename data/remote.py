@@ -38,6 +38,7 @@ CONCURRENCY = 16  # requests of one call
 PIECE = 1 << 18  # bytes taken from a socket at a time
 CONNECT_S = 10.0
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.2, 20.0
+FIRST_S = 30.0  # of trying a server that has not answered yet
 
 _CONNECTION = (
     ConnectionError,
@@ -93,6 +94,7 @@ class Remote:
         self.timeout_s, self.retry_s, self.anonymous = timeout_s, retry_s, anonymous
         self._warn = warn
         self._warned: set[str] = set()  # servers
+        self._answered: set[str] = set()
         self._http: Any = None
         self._s3: Any = None
 
@@ -150,22 +152,28 @@ class Remote:
         """The result of `attempt`, tried again, at growing distances, while the trouble may pass."""
         begin = time.monotonic()
         for tries in itertools.count(1):
-            left = begin + self.retry_s - time.monotonic()
+            # a server that never answered is rather an address that is wrong
+            patience = self.retry_s if server(location) in self._answered else min(self.retry_s, FIRST_S)
+            left = begin + patience - time.monotonic()
             try:
-                return await asyncio.wait_for(attempt(), min(self.timeout_s, left) if tries > 1 else self.timeout_s)
+                result = await asyncio.wait_for(attempt(), min(self.timeout_s, left) if tries > 1 else self.timeout_s)
+                self._answered.add(server(location))
+                return result
             except Exception as error:
+                if not isinstance(error, OSError | TimeoutError):
+                    self._answered.add(server(location))  # it spoke, if only to refuse
                 problem = self._transient(location, error)
             # full spread would bring some back at once; a generator of its own leaves training's random state alone
             wait = min(FIRST_WAIT_S * 2 ** (tries - 1), LONGEST_WAIT_S) * random.SystemRandom().uniform(0.5, 1.0)
             elapsed = time.monotonic() - begin
-            if elapsed + wait >= self.retry_s:
+            if elapsed + wait >= patience:
                 raise DataError(
                     f"{location}: {problem}; gave up (tries: {tries}, seconds: {elapsed:.0f}, data.store.retry_s="
                     f"{self.retry_s:g}); check the network and the server, then resume"
                 )
             if server(location) not in self._warned:
                 self._warned.add(server(location))
-                limit = f"trying again for up to {self.retry_s:g} s"
+                limit = f"trying again for up to {patience:g} s"
                 self._warn(f"{location}: {problem}; {limit} (said once for {server(location)})")
             await asyncio.sleep(wait)
         raise AssertionError

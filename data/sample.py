@@ -66,7 +66,7 @@ def parse_sample(key: str, payload: bytes) -> SampleRecord:
     if len(payload) > MAX_JSON_BYTES:
         raise BadSample(f"its .json has {len(payload)} bytes, the limit is {MAX_JSON_BYTES}")
     try:
-        content = json.loads(payload)
+        content = json.loads(payload.decode())  # as bytes, it would guess UTF-16 and let half characters through
         if b"\\ud" in payload or b"\\uD" in payload:  # escapes of half a character, which no tokenizer takes
             json.dumps(content, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
@@ -76,8 +76,8 @@ def parse_sample(key: str, payload: bytes) -> SampleRecord:
     about = {}
     for name in _ABOUT:
         about[name] = content.get(name, "")
-        if not isinstance(about[name], str) or len(about[name]) > 200:
-            raise BadSample(f'"{name}" must be a string of at most 200 characters')
+        if not isinstance(about[name], str) or len(about[name]) > 200 or not about[name].isprintable():
+            raise BadSample(f'"{name}" must be a printable string of at most 200 characters')
     if ("messages" in content) == ("segments" in content):
         raise BadSample('its .json needs either "messages" or "segments"')
     record = SampleRecord(key, content.get("messages", ()), {}, **about, segments=content.get("segments", ()))

@@ -23,7 +23,7 @@ import safetensors
 from isal.isal_zlib import crc32  # the same as zlib's in a tenth of the time
 from safetensors.numpy import save
 
-from data.costs import FILM, Costs
+from data.costs import FILM, KINDS, Costs
 from data.errors import BadSample, DataError
 from data.files import write_atomically
 from data.store import Missing, Store, StoreSettings
@@ -202,18 +202,19 @@ class ShardIndex:
 
         Raises BadSample for bytes that are missing, too many or changed.
         """
-        columns, names, wanted = self.columns, [], []
+        columns = self.columns
         first, last = columns["member_offsets"][row : row + 2].tolist()
-        for member in range(len(columns["member_start"]))[first:last]:
-            extension = self._decode("extensions", columns["member_extension"][member])
-            start, size = int(columns["member_start"][member]), int(columns["member_size"][member])
-            if size > max_bytes:
-                raise BadSample(f".{extension} has {size} bytes, the limit is {max_bytes}")
-            if start < 0 or size < 0:
-                raise self._damaged(f"member {member} lies at {start}, {size}")
-            names.append(extension)
-            wanted.append((start, size))
-        sums = columns["member_crc"][first:last].tolist()
+        starts, sizes, sums, codes = (
+            columns[name][first:last].tolist()
+            for name in ("member_start", "member_size", "member_crc", "member_extension")
+        )
+        names = [self._decode("extensions", code) for code in codes]
+        wanted = list(zip(starts, sizes, strict=True))
+        if max(sizes, default=0) > max_bytes:
+            extension, size = max(zip(names, sizes, strict=True), key=lambda item: item[1])
+            raise BadSample(f".{extension} has {size} bytes, the limit is {max_bytes}")
+        if min(starts, default=0) < 0 or min(sizes, default=0) < 0:
+            raise self._damaged(f"a member of sample {row} lies outside its tar")
         payloads = self._store.read_many(self.tar, wanted)
         if list(map(crc32, payloads)) != sums:
             self._store.forget(self.tar, wanted)  # what was kept of a remote shard may have rotted
@@ -227,7 +228,7 @@ class ShardIndex:
         first, last = self.columns[offsets][row : row + 2]
         return self.columns[values][first:last]
 
-    def _decode(self, table: str, code: np.integer) -> str:
+    def _decode(self, table: str, code: int | np.integer) -> str:
         if code >= len(self.about[table]):
             raise self._damaged(f"code {code} is not among its {table}")
         return self.about[table][code]
@@ -285,6 +286,12 @@ def _problem(about: Mapping[str, Any], columns: Mapping[str, np.ndarray]) -> str
     for name, kind in _ABOUT.items():
         if not isinstance(about.get(name), kind):
             return f"metadata {name} is missing or no {kind.__name__}"
+    for table in ("extensions", "languages", "sources"):
+        if not all(isinstance(name, str) for name in about[table]):
+            return f"{table} are not all names"
+    counts = [about["max_text_tokens"], about["max_samples"], *about["max_media"]]
+    if len(counts) != 2 + len(KINDS) or not all(type(count) is int and 0 <= count < 1 << 60 for count in counts):
+        return "a maximum is out of bounds"
     for name, dtype in COLUMNS.items():
         if name not in columns or columns[name].dtype != dtype or columns[name].ndim != 1:
             return f"column {name} is missing or not {np.dtype(dtype).name}"
@@ -299,4 +306,16 @@ def _problem(about: Mapping[str, Any], columns: Mapping[str, np.ndarray]) -> str
     for name, length in (lengths | dict.fromkeys(_SAMPLES, samples)).items():
         if len(columns[name]) != length:
             return f"column {name} has {len(columns[name])} rows, not {length}"
+    if not _groups_fit(about, samples):
+        return "groups do not fit the samples"
     return None
+
+
+def _groups_fit(about: Mapping[str, Any], samples: int) -> bool:
+    known = range(len(about["sources"])), range(len(about["languages"])), range(1, samples + 1)
+    for group in about["groups"]:
+        if not isinstance(group, list) or len(group) != 3 or not all(type(value) is int for value in group):
+            return False
+        if not all(value in allowed for value, allowed in zip(group, known, strict=True)):
+            return False
+    return sum(group[2] for group in about["groups"]) == samples

@@ -19,6 +19,7 @@ import soundfile
 
 from data.audio import SAMPLE_RATE, decode
 from data.errors import BadSample
+from data.interrupts import uninterrupted
 from data.sources import check_file, read_file
 
 MAX_SECONDS = 3600.0
@@ -36,12 +37,13 @@ def read_cut(place: Path, name: str, start: float, seconds: float | None, channe
     """
     check_file(place, name)
     try:
-        with open(place, "rb") as file:
+        with uninterrupted(), open(place, "rb") as file:
             magic = file.read(4).ljust(4, b"\0")
             file.seek(0)
             if magic.startswith(_MAGIC) or magic[0] == 0xFF and magic[1] & 0xE0 == 0xE0 and magic[1] & 6:
                 return _seek(file, name, start, seconds, channel)
-        wave_S = decode(read_file(place, name))
+        with uninterrupted():
+            wave_S = decode(read_file(place, name))
         if channel:
             raise BadSample(f"channel is not there: {name} is read as mono")
         first, last = _bounds(name, start, seconds, len(wave_S), SAMPLE_RATE)

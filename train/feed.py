@@ -5,13 +5,14 @@ recipe, tokenizer, model's sizes --> corpus --> Plan of each phase, Reader, Eval
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
 from data.augment import Augment
 from data.corpus import Corpus
+from data.errors import DataError
 from data.plan import Plan, PlanSettings
 from data.prompts import PromptSet
 from data.reader import Reader
@@ -19,8 +20,7 @@ from data.tokenizer import Tokenizer
 from models.config import ThinkerConfig
 from train.evaluate import Evaluator
 from train.layout import ModelLayout, media_tokens, work_of
-from train.recipe import Recipe, spans
-
+from train.recipe import Recipe, Span, spans
 
 MOST_ROWS = 40  # of a table
 
@@ -31,18 +31,6 @@ class Course:
 
     plan: Plan
     origin: int
-
-    def cursor(self, step: int) -> dict[str, Any]:
-        """What a checkpoint keeps so that a run which goes on with `step` need not look for its place."""
-        return asdict(self.plan.cursor(step - self.origin))
-
-    def seek(self, cursor: Mapping[str, Any], first: bool) -> None:
-        """Go on from a checkpoint's cursor; at the `first` step of a phase that of another phase's plan means nothing.
-
-        Raises DataError where the data or its settings changed within the phase.
-        """
-        if not first or cursor["plan"] == self.plan.fingerprint:
-            self.plan.seek(cursor)
 
     def about(self) -> list[str]:
         """What the data is, and what of it does not take part, as lines. Raises DataError for what may not be."""
@@ -80,7 +68,41 @@ class Feed:
     """What a run reads: one reader, and the course of each phase."""
 
     reader: Reader
+    spans: Sequence[Span]
     courses: Mapping[str, Course]
+
+    def position(self, step: int) -> dict[str, Any]:
+        """What a checkpoint before `step` keeps of the data: how far each plan is, and where its next window begins.
+
+        The steps alone are the state; the cursors spare a resumed run the walk.
+        """
+        return {
+            plan.fingerprint: {"steps": steps, "cursor": asdict(plan.cursor(steps))}
+            for plan, steps in self._progress(step).items()
+        }
+
+    def seek(self, step: int, position: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint before `step`. Raises DataError unless this recipe reads the same so far."""
+        progress = self._progress(step)
+        if {plan.fingerprint: steps for plan, steps in progress.items()} != {
+            plan: saved["steps"] for plan, saved in position.items()
+        }:
+            raise DataError(
+                "the data up to here is not the checkpoint's: data.shards, lengths, batch, window, mixture, sizes of "
+                "media, speeds, seed or the phases before this step have changed; go back to them, or start another "
+                "run with init=THIS_RUN"
+            )
+        for plan in progress:
+            plan.seek(position[plan.fingerprint]["cursor"])
+
+    def _progress(self, step: int) -> dict[Plan, int]:
+        """Steps that each plan has given before a step of the run."""
+        found: dict[Plan, int] = {}
+        for span in self.spans:
+            course = self.courses[span.name]
+            if span.start < step:
+                found[course.plan] = min(step, span.stop) - course.origin
+        return found
 
 
 def open_feed(recipe: Recipe, tokenizer: Tokenizer, model: ThinkerConfig) -> Feed:
@@ -119,7 +141,7 @@ def open_feed(recipe: Recipe, tokenizer: Tokenizer, model: ThinkerConfig) -> Fee
             course = Course(shared, own_steps)
         course.plan.require(min(span.stop, recipe.max_steps or span.stop) - course.origin)
         courses[span.name] = course
-    return Feed(reader, courses)
+    return Feed(reader, spans(recipe), courses)
 
 
 def model_layout(model: ThinkerConfig, tokenizer: Tokenizer) -> ModelLayout:

@@ -30,7 +30,7 @@ from train.engines.build import build_engine
 from train.engines.setup import EngineSetup
 from train.errors import CheckpointError, EngineError, RecipeError
 from train.evaluate import Evaluator
-from train.feed import Course, open_evaluator, open_feed
+from train.feed import Course, Feed, open_evaluator, open_feed
 from train.hardware import peak_flops
 from train.loop import fit
 from train.metrics import Meters, draw_curves
@@ -77,7 +77,7 @@ def train(recipe: Recipe) -> None:
             continue
         course = feed.courses[span.name]
         if manifest is not None:
-            course.seek(manifest.info["cursor"], first=step == span.start)
+            feed.seek(step, manifest.info.get("data", {}))
         for line in course.about():
             tell(line)
         setup = EngineSetup(model, recipe.engine, recipe.optim, recipe.loss, span.phase, span.name, recipe.seed, device)
@@ -85,7 +85,7 @@ def train(recipe: Recipe) -> None:
         restore(engine, recipe, setup, manifest, optimizer_step=step - span.start)
         if manifest is not None:
             tell(f"resumed at step {step} from {manifest.folder}")
-        run = open_run(recipe, folder, setup, span, manifest, evaluator, course)
+        run = open_run(recipe, folder, setup, span, manifest, evaluator, feed, course)
         run.listen()
         with closing(run), closing(engine):
             batches = stream(
@@ -146,6 +146,7 @@ def open_run(
     span: Span,
     manifest: Manifest | None,
     evaluator: Evaluator,
+    feed: Feed,
     course: Course,
 ) -> Run:
     """Meters and writer of a phase. The writer's memory is allocated at the first save."""
@@ -171,7 +172,7 @@ def open_run(
         released_pieces=released_pieces,
         warn=meters.say,
     )
-    return Run(recipe, folder, meters, saver, evaluator, asdict(model), course, step)
+    return Run(recipe, folder, meters, saver, evaluator, asdict(model), feed, course, step)
 
 
 def farewell(folder: Path, stopped: bool) -> None:

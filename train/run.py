@@ -24,7 +24,7 @@ from train import ranks
 from train.checkpoint import Saver
 from train.engines import Engine
 from train.evaluate import Evaluator
-from train.feed import Course
+from train.feed import Course, Feed
 from train.metrics import Meters, cut_after
 from train.recipe import Recipe, as_yaml
 
@@ -40,11 +40,12 @@ class Run:
         saver: Saver,
         evaluator: Evaluator,
         identity: Mapping[str, Any],
+        feed: Feed,
         course: Course,
         start_step: int,
     ) -> None:
         self.recipe, self.folder, self.meters, self.saver = recipe, folder, meters, saver
-        self.evaluator, self.identity, self.course = evaluator, identity, course
+        self.evaluator, self.identity, self.feed, self.course = evaluator, identity, feed, course
         self.step = start_step
         self.stop_requested = False
         if ranks.rank() == 0:
@@ -106,7 +107,7 @@ class Run:
                 "zero": self.recipe.engine.zero,
             },
             "seed": self.recipe.seed,  # every draw is keyed by (seed, epoch, sample): there is no other random state
-            "cursor": self.course.cursor(step),
+            "data": self.feed.position(step),
             "counters": {"skipped": self.meters.num_skipped},
         }
         self.meters.exclude(self.saver.save(step, engine.fragments(), info))

@@ -1,6 +1,7 @@
 """Every way in which shards can be wrong: one clear line at the start, or one sample left out with its reason."""
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -277,3 +278,46 @@ def test_tokenizer_that_differs_only_at_reading(shard: Path) -> None:
 
 def test_no_shard_at_all() -> None:
     assert refusal(lambda: Corpus.open([])) == "data.shards is empty: name at least one shard"
+
+
+def test_an_interrupt_while_a_clip_is_decoded_waits_and_loses_nothing() -> None:
+    """libsndfile swallows an exception in the middle of its reading and takes the file for shorter than it is."""
+    from data.interrupts import uninterrupted
+
+    steps = []
+    with pytest.raises(KeyboardInterrupt):
+        with uninterrupted():
+            signal.raise_signal(signal.SIGINT)
+            steps.append("decoded whole")
+        steps.append("never")
+    assert steps == ["decoded whole"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize(
+    "payload", [b'{"segments": [{"type": "text", "text": "a\xed\xa0\x80b"}]}', '{"segments": []}'.encode("utf-16")]
+)
+def test_half_characters_and_other_encodings_are_left_out(tmp_path: Path, payload: bytes) -> None:
+    tar = write_tar(tmp_path / "x.tar", members_of(written("good")) | {"bad.json": payload})
+    index = build_index(tar, TOKENIZER)
+    assert index.num_samples == 1 and index.about["left_out"][0].startswith("x.tar:bad: its .json cannot be read: ")
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"sources": [["x"]]},
+        {"max_samples": 10**400},
+        {"max_media": []},
+        {"max_text_tokens": -1},
+        {"groups": [[0, 0, -3]]},
+        {"groups": [[0, 7, 3]]},
+        {"groups": [[0, 0, 2]]},
+    ],
+)
+def test_an_index_whose_metadata_lie(shard: Path, changed: dict) -> None:
+    from data.shard_index import save_index
+
+    index = ShardIndex.open(shard)
+    columns = {name: column.copy() for name, column in index.columns.items()}
+    save_index(shard, dict(index.about) | changed, columns)
+    assert "damaged index (" in refusal(lambda: Corpus.open([str(shard)]))

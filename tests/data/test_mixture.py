@@ -234,11 +234,10 @@ def test_without_weights_shares_follow_size_by_temperature() -> None:
         assert realised["small", "(no language)"] / sum(realised.values()) == pytest.approx(share, abs=0.02)
 
 
-def test_a_language_whose_share_is_nothing_is_not_waited_for() -> None:
+def test_a_language_whose_share_is_nothing_is_named() -> None:
     shards = [[Made(10, source="a", language="en")] * 50 + [Made(1, source="a", language="de")]]
-    plan = costs_plan(costs_corpus(shards), mixture=Mixture(language_temperature=0.001, epochs={"a": 2}))
-    rows, steps = drawn(plan, 100)
-    assert steps < 100 and Counter(sample for sample, _, _ in rows) <= Counter({sample: 2 for sample in range(50)})
+    with pytest.raises(DataError, match="the share of a/de is too small to count; leave it out"):
+        costs_plan(costs_corpus(shards), mixture=Mixture(language_temperature=0.001)).step(0)
     plan = costs_plan(costs_corpus(shards), mixture=Mixture(epochs={"a": 0.001}))
     with pytest.raises(DataError, match="the data ends at step 0"):
         plan.require(1)
@@ -299,10 +298,13 @@ def test_a_mixture_that_does_not_fit_is_refused_in_one_line(mixture, message) ->
     assert str(caught.value) == message
 
 
-def test_a_source_without_a_sample_that_fits_is_refused() -> None:
-    corpus = costs_corpus([[Made(10, source="a"), Made(101, source="b")]])
+def test_a_source_without_a_sample_that_fits() -> None:
+    """Dropped and counted like any sample that is too long; refused where a share was asked of it."""
+    corpus = costs_corpus([[Made(10, source="a"), Made(101, source="b")] * 9])
+    plan = costs_plan(corpus, mixture=Mixture(), too_long="drop")
+    assert plan.dropped == {"b": 9} and {int(sample) % 2 for pack in plan.step(0) for sample in pack.samples} == {0}
     with pytest.raises(DataError, match='^data.mixture: every sample of source "b" is too long; raise'):
-        costs_plan(corpus, mixture=Mixture(), too_long="drop").dropped  # noqa: B018
+        costs_plan(corpus, mixture=Mixture({"a": 1, "b": 1}), too_long="drop").dropped  # noqa: B018
 
 
 def test_samples_without_a_source_have_a_name_to_be_asked_by() -> None:

@@ -163,7 +163,7 @@ def test_another_tokenizer_means_another_index(tmp_path: Path) -> None:
     [
         ([], "usage: python -m data.index SHARDS... tokenizer=FOLDER [workers=N]"),
         (["a.tar", "tokeniser=x"], "usage: python -m data.index SHARDS... tokenizer=FOLDER [workers=N]"),
-        (["a.tar", "tokenizer=nowhere", "workers=x"], "workers=x: must be a whole number"),
+        (["a.tar", "tokenizer=nowhere", "workers=x"], "workers=x: must be a whole number above 0"),
         (
             ["a.tar", "tokenizer=nowhere"],
             "nowhere/tokenizer.json: no such file; give a folder that holds a tokenizer.json",

@@ -124,3 +124,21 @@ def test_kill_9_under_deepspeed(corpus: Path, tmp_path: Path, settings: list[str
     finish(start(command(corpus, run, *settings, processes=2)))
     assert losses(run) == pytest.approx(losses(whole), rel=1e-6)
     assert keys(run) == keys(whole)
+
+
+def test_what_was_read_cannot_be_changed_between_phases(corpus: Path, tmp_path: Path) -> None:
+    """Neither the settings of data that phases share, nor a phase that is over; what comes next can."""
+
+    def run(*settings: str) -> tuple[int, str]:
+        phases = "phases={a: {steps: 1}, b: {steps: 2}}"
+        process = start(command(corpus, tmp_path / "run", phases, "save.every=1", *settings))
+        output, _ = process.communicate(timeout=200)
+        return process.returncode, output
+
+    assert run("max_steps=1")[0] == 0
+    over = "phases={a: {steps: 1, mixture: {}}, b: {steps: 2}}"
+    for change in ("seed=7", over, "data.video.min_frames=6"):
+        code, output = run("max_steps=2", change)
+        assert code == 2 and "the data up to here is not the checkpoint's" in output, output
+    code, output = run("phases={a: {steps: 1}, b: {steps: 2, mixture: {temperature: 2.0}}}")
+    assert code == 0 and "realised" in output, output
