@@ -158,7 +158,11 @@ class Store:
         away for `retry_s`.
         """
         if not is_remote(location):
-            return [self.read(location, start, size) for start, size in ranges]
+            local = (self._files.get(location) or self._open(location)).fileno()
+            try:
+                return [read_range(local, start, size) for start, size in ranges]
+            except OSError as error:
+                raise DataError(f"{location}: cannot be read: {error.strerror}") from None
         self._describe([location])
         file = self._found[location]
         for start, size in ranges:

@@ -110,6 +110,9 @@ def group_samples(path: Path, members: list[TarMember]) -> Iterator[tuple[str, d
 
 def read_range(fd: int, start: int, size: int) -> bytes:
     """The bytes [start, start + size) of an open file. Raises BadSample where the file ends before."""
+    piece = os.pread(fd, size, start)
+    if len(piece) == size:
+        return piece
     pieces = []
     while size > 0:
         piece = os.pread(fd, size, start)

@@ -88,9 +88,9 @@ class Feed:
             plan: saved["steps"] for plan, saved in position.items()
         }:
             raise DataError(
-                "the data up to here is not the checkpoint's: data.shards, lengths, batch, window, mixture, sizes of "
-                "media, speeds, seed or the phases before this step have changed; go back to them, or start another "
-                "run with init=THIS_RUN"
+                "the data up to here is not the checkpoint's: data.shards, the sequence length, batch, window, "
+                "mixture, sizes of media, speeds, seed or the phases before this step have changed; go back to them, "
+                "or start another run with init=THIS_RUN"
             )
         for plan in progress:
             plan.seek(position[plan.fingerprint]["cursor"])
