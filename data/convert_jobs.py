@@ -17,20 +17,18 @@ from typing import Any
 
 import numpy as np
 
-from data.audio import SAMPLE_RATE, decode
+from data.audio import SAMPLE_RATE
 from data.chat import count_text_tokens
 from data.costs import AUDIO, FILM, IMAGE, VIDEO
 from data.document import MediaLimits
 from data.errors import BadSample, DataError
-from data.index import build_index
+from data.index import build_index, measure
 from data.sample import SampleRecord, media_of, parse_sample
 from data.shard_index import ShardIndex, index_path
 from data.shards import write_tar
 from data.sources import Source, Span
 from data.tar import group_samples, read_members, read_range
 from data.tokenizer import Tokenizer
-from data.video import measure_video
-from data.vision import measure_image
 
 
 @dataclass(frozen=True)
@@ -176,18 +174,10 @@ class Work:
         totals = Totals(1, 0, len(payload) + sum(map(len, media.values())))
         totals.text_tokens = count_text_tokens(record, self.tokenizer)
         for medium in media_of(record):
-            content = media[medium.extension]
-            if medium.kind == "audio":
-                totals.audio_seconds += len(decode(content, self.limits.audio)) / SAMPLE_RATE
-            elif medium.kind == "image":
-                measure_image(content, self.limits.image, check=True)
-                totals.images += 1
-            else:
-                film = measure_video(content, self.limits.video, sound=medium.sound)
-                if medium.sound and not film.sound_samples:
-                    raise BadSample(f'.{medium.extension} has no sound, though its part says "sound": true')
-                totals.audio_seconds += film.sound_samples / SAMPLE_RATE if medium.sound else 0
-                totals.videos += 1
+            size = measure(medium, media[medium.extension], self.limits)
+            totals.audio_seconds += size.samples / SAMPLE_RATE
+            totals.images += size.kind == IMAGE
+            totals.videos += size.kind in (VIDEO, FILM)
         return totals
 
 

@@ -45,7 +45,7 @@ from data.vision import measure_image
 
 _SETTING = re.compile(r"[a-z_]+=(?!.*\.tar$)")
 
-__all__ = ["ShardIndex", "build_index", "build_indexes", "main"]
+__all__ = ["ShardIndex", "Size", "build_index", "build_indexes", "main", "measure"]
 
 
 @dataclass
@@ -81,7 +81,7 @@ class _Columns:
         return codes.setdefault(name, len(codes))
 
 
-class _Size(NamedTuple):
+class Size(NamedTuple):
     """What the index will say of one medium; the fields that a kind does not have are 0."""
 
     kind: int
@@ -99,7 +99,7 @@ class _Sample:
     record: SampleRecord
     gaps: list[int]  # text tokens before, between and after the media
     wraps: int  # tokens around placeholders
-    sizes: list[_Size]
+    sizes: list[Size]
     members: list[tuple[TarMember, int]]  # with their crc32
 
 
@@ -115,9 +115,7 @@ def build_index(tar: Path, tokenizer: Tokenizer, limits: MediaLimits | None = No
     with open(tar, "rb") as file:
         for key, members in groups:
             try:
-                with uninterrupted():
-                    sample = _measure(file.fileno(), key, members, tokenizer, limits)
-                _append(columns, key, sample)
+                _append(columns, key, _measure(file.fileno(), key, members, tokenizer, limits))
             except BadSample as error:
                 left_out.append(f"{tar.name}:{key}: {error.reason}")
         if not columns.text_tokens:
@@ -136,7 +134,7 @@ def _measure(fd: int, key: str, members: dict[str, TarMember], tokenizer: Tokeni
     record = parse_sample(key, payload)
     media = media_of(record)
     used = [(members["json"], crc32(payload))]
-    sizes: dict[Medium, _Size] = {}
+    sizes: dict[Medium, Size] = {}
     for extension in dict.fromkeys(medium.extension for medium in media):
         member = members.get(extension)
         if member is None:
@@ -147,23 +145,27 @@ def _measure(fd: int, key: str, members: dict[str, TarMember], tokenizer: Tokeni
         used.append((member, crc32(content)))
         for medium in set(media):
             if medium.extension == extension:
-                sizes[medium] = _size(medium, content, limits)
+                sizes[medium] = measure(medium, content, limits)
     runs, wraps = gaps(record, tokenizer), sum(map(wrap, media))
     return _Sample(record, runs, wraps, [sizes[medium] for medium in media], used)
 
 
-def _size(medium: Medium, payload: bytes, limits: MediaLimits) -> _Size:
-    """Measure a medium; decodes all of audio, sound and images, and the first frame of a video."""
-    if medium.kind == "audio":
-        return _Size(AUDIO, len(decode(payload, limits.audio)))
-    if medium.kind == "image":
-        height, width = measure_image(payload, limits.image, check=True)
-        return _Size(IMAGE, height=height, width=width)
-    film = measure_video(payload, limits.video, sound=medium.sound)
+def measure(medium: Medium, payload: bytes, limits: MediaLimits) -> Size:
+    """What an index says of a medium; decodes all of audio, sound and images, and the first frame of a video.
+
+    Raises BadSample where it cannot be used.
+    """
+    with uninterrupted():
+        if medium.kind == "audio":
+            return Size(AUDIO, len(decode(payload, limits.audio)))
+        if medium.kind == "image":
+            height, width = measure_image(payload, limits.image, check=True)
+            return Size(IMAGE, height=height, width=width)
+        film = measure_video(payload, limits.video, sound=medium.sound)
     if medium.sound and not film.sound_samples:
         raise BadSample(f'.{medium.extension} has no sound, though its part says "sound": true')
     kind, samples = (FILM, film.sound_samples) if medium.sound else (VIDEO, 0)
-    return _Size(kind, samples, film.height, film.width, film.frames, film.seconds)
+    return Size(kind, samples, film.height, film.width, film.frames, film.seconds)
 
 
 def _append(columns: _Columns, key: str, sample: _Sample) -> None:

@@ -14,10 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from data.chat import Run, render
 from data.document import Desk, MediaLimits, join, whole
 from data.errors import BadSample, DataError
-from data.sample import SampleRecord
+from data.sample import Medium as Part
+from data.sample import SampleRecord, medium_of
 from data.tokenizer import Tokenizer
 from data.types import Batch
 from data.video import load_sound
@@ -49,18 +52,23 @@ def conversation(
         raise DataError("this model has no vision encoder: it takes audio and text")
     limits = MediaLimits()
     payloads: dict[str, bytes] = {}
+    waves: dict[Part, np.ndarray] = {}  # sound that had to be decoded to know that there is some
     parts: list[dict[str, Any]] = []
     for number, medium in enumerate(media):
         payloads[str(number)] = payload = _read(medium.path)
         part: dict[str, Any] = {"type": medium.kind, medium.kind: str(number)}
         if medium.kind == "video":
             with _naming(medium.path):
-                part["sound"] = video_sound and load_sound(payload, limits.video) is not None
+                wave_S = load_sound(payload, limits.video) if video_sound else None
+            if wave_S is not None:
+                part["sound"] = True
+                waves[medium_of(part)] = wave_S
         parts.append(part)
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": [*parts, {"type": "text", "text": text}]})
     rendered = render(SampleRecord("prompt", messages), tokenizer, prompt_only=True)
     desk = Desk(ModelLayout.of(config.thinker, MediaTokens.of(config)), limits, payloads)
+    desk.waves.update(waves)
     items = []
     for item in whole(rendered):
         if isinstance(item, Run):

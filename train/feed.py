@@ -71,6 +71,16 @@ class Feed:
     spans: Sequence[Span]
     courses: Mapping[str, Course]
 
+    def require(self, stop: int) -> None:
+        """Raise DataError where a mixture gives out before step `stop`, if that is cheap to know.
+
+        For new runs: it looks at the whole corpus, which a checkpoint spares a resumed one.
+        """
+        for span in self.spans:
+            course = self.courses[span.name]
+            if span.start < stop:
+                course.plan.require(min(span.stop, stop) - course.origin)
+
     def position(self, step: int) -> dict[str, Any]:
         """What a checkpoint before `step` keeps of the data: how far each plan is, and where its next window begins.
 
@@ -106,7 +116,7 @@ class Feed:
 
 
 def open_feed(recipe: Recipe, tokenizer: Tokenizer, model: ThinkerConfig) -> Feed:
-    """The order of training and what reads it. Raises DataError for shards that cannot be used, or end too early.
+    """The order of training and what reads it. Raises DataError for shards that cannot be used.
 
     A phase with a mixture of its own has a plan of its own. The others share one, which stands still meanwhile.
     """
@@ -139,7 +149,6 @@ def open_feed(recipe: Recipe, tokenizer: Tokenizer, model: ThinkerConfig) -> Fee
         else:
             shared = shared or make(settings)
             course = Course(shared, own_steps)
-        course.plan.require(min(span.stop, recipe.max_steps or span.stop) - course.origin)
         courses[span.name] = course
     return Feed(reader, spans(recipe), courses)
 

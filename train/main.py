@@ -76,7 +76,9 @@ def train(recipe: Recipe) -> None:
             tell(f"phase {span.name}: done at step {step}")
             continue
         course = feed.courses[span.name]
-        if manifest is not None:
+        if manifest is None:
+            feed.require(total)
+        else:
             feed.seek(step, manifest.info.get("data", {}))
         for line in course.about():
             tell(line)

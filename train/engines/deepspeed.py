@@ -150,13 +150,13 @@ class DeepSpeedEngine:
     @torch.no_grad()
     def eval_step(self, batch: Batch) -> Mapping[str, float]:
         """See train.engines.Engine."""
-        self.engine.eval()
+        self.engine.train(False)
         return sums_of_eval(self.objective, batch.to(self.device))
 
     @torch.no_grad()
     def generate(self, batch: Batch, max_new_tokens: int, stop_id: int) -> list[list[int]]:
         """See train.engines.Engine."""
-        self.engine.eval()
+        self.engine.train(False)
 
         def all_done(done: bool) -> bool:
             return not ranks.agree(not done)

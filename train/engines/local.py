@@ -101,13 +101,13 @@ class LocalEngine:
     @torch.no_grad()
     def eval_step(self, batch: Batch) -> Mapping[str, float]:
         """See train.engines.Engine."""
-        self.objective.eval()
+        self.objective.train(False)
         return sums_of_eval(self.objective, batch.to(self.device))
 
     @torch.no_grad()
     def generate(self, batch: Batch, max_new_tokens: int, stop_id: int) -> list[list[int]]:
         """See train.engines.Engine."""
-        self.objective.eval()
+        self.objective.train(False)
         return continue_greedily(self.objective, batch.to(self.device), max_new_tokens, stop_id)
 
     def fragments(self) -> Iterator[Fragment]:
