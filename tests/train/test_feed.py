@@ -1,4 +1,4 @@
-"""Where a run stands in its data: kept by a checkpoint, refused where the data changed, found without a look at it all."""
+"""Where a run stands in its data: kept by a checkpoint, refused where the data changed, found at once."""
 
 from __future__ import annotations
 
