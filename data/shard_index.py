@@ -66,6 +66,7 @@ _MEDIA = (
     "media_text",
 )
 _SAMPLES = ("document", "language", "source")
+_LOOKED_UP = ("key_offsets", "key_bytes", "member_offsets", "member_start", *_MEMBERS)
 _COSTS = ("text_tokens", "document", "media_offsets", "media_kind", *_MEDIA)
 _ABOUT = {  # metadata besides the columns, and its types
     "format": str,
@@ -104,6 +105,8 @@ class ShardIndex:
         self.tar = str(tar)  # a path or an address
         self.about = about
         self.columns = columns
+        # looking up one sample in a memoryview takes half the time that it takes in an array
+        self._views = {name: memoryview(columns[name]) for name in _LOOKED_UP if name in columns}
         self.num_samples = len(columns.get("text_tokens", ()))
         self._store = store or Store(StoreSettings(cache_gb=0))
 
@@ -191,7 +194,8 @@ class ShardIndex:
 
     def key(self, row: int) -> str:
         """Key of sample `row`."""
-        return self._slice("key_offsets", "key_bytes", row).tobytes().decode(errors="replace")
+        first, last = self._views["key_offsets"][row : row + 2]
+        return str(self._views["key_bytes"][first:last], "utf-8", "replace")
 
     def name(self, kind: str, row: int) -> str:
         """The sample's name of a `kind`: "language" or "source"."""
@@ -202,19 +206,20 @@ class ShardIndex:
 
         Raises BadSample for bytes that are missing, too many or changed.
         """
-        columns = self.columns
-        first, last = columns["member_offsets"][row : row + 2].tolist()
-        starts, sizes, sums, codes = (
-            columns[name][first:last].tolist()
-            for name in ("member_start", "member_size", "member_crc", "member_extension")
-        )
-        names = [self._decode("extensions", code) for code in codes]
+        views = self._views
+        first, last = views["member_offsets"][row : row + 2]
+        starts, sizes = views["member_start"][first:last].tolist(), views["member_size"][first:last].tolist()
+        codes, sums = views["member_extension"][first:last].tolist(), views["member_crc"][first:last].tolist()
+        extensions = self.about["extensions"]
+        for code, start, size in zip(codes, starts, sizes, strict=True):  # min and max would take as long as a read
+            if code >= len(extensions):
+                raise self._damaged(f"code {code} is not among its extensions")
+            if start < 0 or size < 0:
+                raise self._damaged(f"a member of sample {row} lies outside its tar")
+            if size > max_bytes:
+                raise BadSample(f".{extensions[code]} has {size} bytes, the limit is {max_bytes}")
+        names = [extensions[code] for code in codes]
         wanted = list(zip(starts, sizes, strict=True))
-        if max(sizes, default=0) > max_bytes:
-            extension, size = max(zip(names, sizes, strict=True), key=lambda item: item[1])
-            raise BadSample(f".{extension} has {size} bytes, the limit is {max_bytes}")
-        if min(starts, default=0) < 0 or min(sizes, default=0) < 0:
-            raise self._damaged(f"a member of sample {row} lies outside its tar")
         payloads = self._store.read_many(self.tar, wanted)
         if list(map(crc32, payloads)) != sums:
             self._store.forget(self.tar, wanted)  # what was kept of a remote shard may have rotted

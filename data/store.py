@@ -157,10 +157,11 @@ class Store:
         Raises BadSample where the file ends before; DataError where it cannot be read, changed, or its server stays
         away for `retry_s`.
         """
-        if not is_remote(location):
-            local = (self._files.get(location) or self._open(location)).fileno()
+        local = self._files.get(location)
+        if local is not None or not is_remote(location):
             try:
-                return [read_range(local, start, size) for start, size in ranges]
+                fd = (local or self._open(location)).fileno()
+                return [read_range(fd, start, size) for start, size in ranges]
             except OSError as error:
                 raise DataError(f"{location}: cannot be read: {error.strerror}") from None
         self._describe([location])
