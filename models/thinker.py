@@ -18,7 +18,7 @@ P patches of pictures, X values of a patch, V visual tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -33,6 +33,23 @@ from models.layers.rope import angles
 from models.vision_encoder import VisionEncoder
 
 Grids = Sequence[tuple[int, int, int]]
+
+
+class Media(NamedTuple):
+    """Clips and pictures, end to end."""
+
+    mel_FM: Tensor  # float32
+    mel_lengths: Sequence[int]  # frames of each clip
+    pixels_PX: Tensor | None  # float32, of images and videos alike
+    grids: Grids  # frames, rows and columns of patches of each
+
+
+class Features(NamedTuple):
+    """What the encoders make of Media, in the order of their placeholders."""
+
+    audio_TD: Tensor
+    visual_VD: Tensor | None  # None without a vision encoder
+    deepstack: tuple[Tensor, ...]  # one [V, D] for each of the decoder's first layers
 
 
 class Decoder(nn.Module):
@@ -97,6 +114,21 @@ class Thinker(nn.Module):
         self.model = Decoder(config.text, recompute_experts)
         self.lm_head = LMHead(config.text.hidden_size, config.text.vocab_size)
 
+    def encode(self, media: Media) -> Features:
+        """Run the encoders alone. No clips and no pictures are fine: features are empty, gradients zero.
+
+        Raises ValueError for pictures that this model cannot see.
+        """
+        audio_TD = self.audio_tower(media.mel_FM, media.mel_lengths)
+        if self.config.vision is None:
+            if media.grids:
+                raise ValueError(f"{len(media.grids)} images or videos, but this model has no vision encoder")
+            return Features(audio_TD, None, ())
+        pixels_PX = media.pixels_PX
+        if pixels_PX is None or not len(pixels_PX):
+            pixels_PX = media.mel_FM.new_empty(0, self.config.vision.patch_dim)
+        return Features(audio_TD, *self.visual(pixels_PX, media.grids))
+
     def forward(
         self,
         token_ids_T: Tensor,
@@ -108,6 +140,7 @@ class Thinker(nn.Module):
         *,
         pixels_PX: Tensor | None = None,
         grids: Grids = (),
+        features: Features | None = None,
         tap: int | None = None,
         stop: bool = False,
     ) -> tuple[Any, ...]:
@@ -116,7 +149,8 @@ class Thinker(nn.Module):
         token_ids int64 [T]; position_ids float32 [3, T]; doc_lengths sum to T; mel float32 [F, M], clips in the order
         of their runs of placeholders, mel_lengths frames each; pixels float32 [P, X] of images and videos alike in the
         order of their placeholders, grids (frames, rows, columns) of patches each. T = 0, no clips and no pictures are
-        all fine. With a filled `cache` the T tokens are one more for each of its documents.
+        all fine. With a filled `cache` the T tokens are one more for each of its documents. `features` are what
+        `encode` made of the same media; without them it runs here.
 
         With `tap`, a number of layers, a third result: the hidden states [T, D] that transformers counts as
         hidden_states[tap], which the Talker reads; with `stop` nothing after them is computed, and the first result
@@ -128,23 +162,18 @@ class Thinker(nn.Module):
             )
         if tap is not None and not 1 <= tap <= len(self.model.layers):
             raise ValueError(f"tap ({tap}) must be from 1 to the decoder's {len(self.model.layers)} layers")
-        features_TD = self.audio_tower(mel_FM, mel_lengths)
+        found = features or self.encode(Media(mel_FM, mel_lengths, pixels_PX, grids))
         rows_A = (token_ids_T == self.config.audio_token_id).nonzero().squeeze(1)
-        _agree("audio", len(rows_A), len(features_TD), f"{len(mel_lengths)} clips")
-        features, deepstack = [(rows_A, features_TD)], None
-        if self.config.vision is not None:
-            if pixels_PX is None or not len(pixels_PX):
-                pixels_PX = mel_FM.new_empty(0, self.config.vision.patch_dim)
-            seen_VD, added = self.visual(pixels_PX, grids)
+        _agree("audio", len(rows_A), len(found.audio_TD), f"{len(mel_lengths)} clips")
+        placed, deepstack = [(rows_A, found.audio_TD)], None
+        if found.visual_VD is not None:
             image_T, video_T = token_ids_T == self.config.image_token_id, token_ids_T == self.config.video_token_id
             rows_V = (image_T | video_T).nonzero().squeeze(1)
-            _agree("visual", len(rows_V), len(seen_VD), f"{len(grids)} images and videos")
-            features.append((rows_V, seen_VD))
-            deepstack = rows_V, added
-        elif len(grids):
-            raise ValueError(f"{len(grids)} images or videos, but this model has no vision encoder")
+            _agree("visual", len(rows_V), len(found.visual_VD), f"{len(grids)} images and videos")
+            placed.append((rows_V, found.visual_VD))
+            deepstack = rows_V, found.deepstack
         hidden_TD, router_logits, tapped_TD = self.model(
-            token_ids_T, position_ids_3T, doc_lengths, features, deepstack, cache, tap, stop
+            token_ids_T, position_ids_3T, doc_lengths, placed, deepstack, cache, tap, stop
         )
         return (hidden_TD, router_logits) if tapped_TD is None else (hidden_TD, router_logits, tapped_TD)
 

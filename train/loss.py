@@ -21,14 +21,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.types import Batch
-from models.thinker import Thinker
+from models.thinker import Features, Media, Thinker
 
 IGNORE = -100
 MAX_LOGITS = 40_000_000  # 160 MB in fp32: 263 targets of the released vocabulary
@@ -128,14 +128,39 @@ class Objective(nn.Module):
         self.top_k = top_k
         self.max_logits = max_logits
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Return ce_sum (fp32 scalar), prob_LE (fp32, summed router probabilities), count_LE (fp32, no gradient)."""
-        hidden_TD, router_logits = self.thinker(*inputs_of(batch), **pictures_of(batch))
+    @overload
+    def forward(self, batch: Batch, features: Features | None = None) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    @overload
+    def forward(self, batch: Media) -> Features: ...
+
+    def forward(self, batch: Batch | Media, features: Features | None = None) -> tuple[Tensor, ...] | Features:
+        """Return ce_sum (fp32 scalar), prob_LE (fp32, summed router probabilities), count_LE (fp32, no gradient).
+
+        `features` are those of the batch's media where they are encoded already. Given Media alone, returns their
+        features: an engine that wraps this module calls nothing else of it.
+        """
+        if isinstance(batch, Media):
+            return self.thinker.encode(batch)
+        hidden_TD, router_logits = self.thinker(*inputs_of(batch), **pictures_of(batch), features=features)
         head = partial(cross_entropy_sum, labels_T=batch.labels_T, max_logits=self.max_logits)
         ce_sum = self.thinker.lm_head(hidden_TD, head)
+        if features is not None:
+            ce_sum = ce_sum + self._nothing_to_encode(batch)
         prob_LE = torch.stack([F.softmax(logits_TE.float(), -1).sum(0) for logits_TE in router_logits])
         count_LE = torch.stack([expert_count(logits_TE, self.top_k) for logits_TE in router_logits])
         return ce_sum, prob_LE, count_LE
+
+    def _nothing_to_encode(self, batch: Batch) -> Tensor:
+        """Zero, and a gradient of zero in every parameter of the encoders.
+
+        Sharded engines count on one from every backward: DeepSpeed starts its sums in the first of a step, and cannot
+        go backward at all where no parameter gets a gradient.
+        """
+        found = self.thinker.encode(Media(batch.mel_FM[:0], (), None, ()))
+        return sum((part_TD.float().sum() for part_TD in found.deepstack), found.audio_TD.float().sum()) + (
+            0.0 if found.visual_VD is None else found.visual_VD.float().sum()
+        )
 
 
 def inputs_of(batch: Batch) -> tuple[Any, ...]:

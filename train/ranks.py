@@ -87,6 +87,34 @@ def total(values: Tensor) -> Tensor:
     return values.cpu()
 
 
+def gather(rows_NK: Tensor) -> list[Tensor]:
+    """The rows of every rank, int64 [N, K] with an N of its own, on the CPU. Collective."""
+    if world() == 1:
+        return [rows_NK.cpu()]
+    on_gpu = dist.get_backend() == "nccl"
+    mine = torch.tensor([len(rows_NK)])
+    counts = [torch.zeros_like(mine.cuda() if on_gpu else mine) for _ in range(world())]
+    dist.all_gather(counts, mine.cuda() if on_gpu else mine)
+    lengths = [int(count) for count in counts]
+    padded = rows_NK.new_zeros(max(lengths), rows_NK.shape[1], device="cuda" if on_gpu else "cpu")
+    padded[: len(rows_NK)] = rows_NK
+    parts = [torch.empty_like(padded) for _ in lengths]
+    dist.all_gather(parts, padded)
+    return [part[:length].cpu() for part, length in zip(parts, lengths, strict=True)]
+
+
+def exchange(rows_NX: Tensor, rows_out: list[int], rows_in: list[int]) -> Tensor:
+    """Send the first rows_out[0] rows to rank 0, the next to rank 1, ...; the rows received, in order of rank.
+
+    Collective, without a gradient.
+    """
+    if world() == 1:
+        return rows_NX.detach().clone()
+    received = rows_NX.new_empty(sum(rows_in), rows_NX.shape[1])
+    dist.all_to_all_single(received, rows_NX.detach().contiguous(), rows_in, rows_out)
+    return received
+
+
 def barrier() -> None:
     """Wait for all ranks."""
     agree(False)

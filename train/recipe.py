@@ -104,6 +104,9 @@ class EngineConfig:
     """deepspeed: expert parallel degree; must divide the experts and the processes."""
     offload: bool = False
     """deepspeed: optimizer state in host memory."""
+    share_encoders: bool = True
+    """deepspeed: deal the media of a step over the ranks evenly, whatever rank their documents are on. The encoders'
+    activations of a whole step are held then; false encodes micro-batch by micro-batch, each rank its own."""
     recompute: bool = False
     """Recompute the experts' activations in backward instead of keeping them."""
     threads: int = 0

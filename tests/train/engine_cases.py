@@ -312,12 +312,23 @@ def refusals() -> list[list[str]]:
     return out
 
 
+def alone() -> list[list[list[float]]]:
+    """Each rank encodes its own media, micro-batch by micro-batch."""
+    rows = []
+    for zero, ep in ((1, 1), (2, 2), (3, 2)):
+        engine = build_engine(setup("deepspeed", zero, ep, share_encoders=False))
+        rows.append(train(engine, 0, STEPS))
+        close(engine)
+    return rows
+
+
 def two_processes(folder: str) -> dict[str, Any]:
     """All that two processes are asked, one engine after the other: starting them costs more than their work."""
     out = {
         "layouts": layouts(folder),
         "phases": [phases("deepspeed", *case, folder) for case in PHASE_CASES],
         "refusals": refusals(),
+        "alone": alone(),
     }
     ranks.stop()
     return out

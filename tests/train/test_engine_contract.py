@@ -81,6 +81,11 @@ def test_layouts_equal_local(name: str, local: dict[str, Any], sharded: list[dic
     assert_same_state(cases.load(str(folder), f"{name}-last"), cases.load(str(folder), "local-last"))
 
 
+def test_without_sharing_the_encoders(local: dict[str, Any], sharded: list[dict[str, Any]]) -> None:
+    for rows in (*sharded[0]["alone"], *sharded[1]["alone"]):
+        assert_close(rows, local["rows"])
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_evaluation_equals_local(name: str, local: dict[str, Any], sharded: list[dict[str, Any]]) -> None:
     first, second = (sharded[rank]["layouts"][name]["look"] for rank in (0, 1))

@@ -1,6 +1,8 @@
 """DeepSpeed: ZeRO 1, 2, 3 and offload for the optimizer's state, AutoEP for the experts; NCCL on GPUs, gloo on CPUs.
 
+    media of the step -> encoders, each rank its share -> features where they are needed   (train/encoders.py)
     for each micro-batch: forward -> local sum / global count * ranks -> engine.backward   (ZeRO averages over ranks)
+    gradients of the features -> backward of the encoders
     sums and expert counts of all ranks, finite? -> engine.step: clip, AdamW on this rank's part of the fp32 masters
 
 How it keeps the contract:
@@ -34,6 +36,7 @@ from torch import Tensor, nn
 
 from data.types import Batch
 from train import ranks
+from train.encoders import SharedEncoding
 from train.engines import MOMENTS, SHARE, VALUE, WEIGHT, Fragment, Shard, StateReader, StepStats, autoep
 from train.engines.setup import EngineSetup, continue_greedily, sums_of_eval
 from train.errors import EngineError
@@ -96,6 +99,7 @@ class DeepSpeedEngine:
         self.optimizer = self.zero.optimizer
         expose_router_logits(self.objective)
         self.share_LE = uniform_share(setup.num_layers, setup.num_experts).to(self.device)
+        self._shares = setup.engine.share_encoders and self.shard.count > 1
         if initial is not None:
             self.restore(_Initial(initial), optimizer_step=0)
 
@@ -116,14 +120,18 @@ class DeepSpeedEngine:
         counts = ranks.total(torch.tensor([mine.tokens, mine.targets, mine.skipped], device=self.device))
         totals = Totals(*(int(count) for count in counts))
         sums_2, count_LE = torch.zeros(2, dtype=torch.float64), torch.zeros_like(self.share_LE)
-        for number, batch in enumerate(microbatches, 1):
-            self.engine.set_gradient_accumulation_boundary(number == len(microbatches))
-            ce_sum, prob_LE, count = self.engine(batch.to(self.device))
+        shared = SharedEncoding(microbatches, self.setup.model, self.device, self.engine) if self._shares else None
+        parts = list(shared.parts()) if shared else [(batch, None) for batch in microbatches]
+        for number, (batch, features) in enumerate(parts, 1):
+            ce_sum, prob_LE, count = self.engine(batch.to(self.device), features)
             balance_share = balance_loss(self.share_LE, prob_LE, totals.tokens)
             share = ce_sum / max(1, totals.targets) + self.setup.loss.balance * balance_share
-            self.engine.backward(share * self.shard.count, scale_wrt_gas=False)
+            self._backward(share * self.shard.count, last=number == len(parts) and not (shared and shared.learns))
             sums_2 += torch.tensor([ce_sum.item(), balance_share.item()], dtype=torch.float64)
             count_LE += count
+        if shared and shared.learns:
+            self.zero.clear_backward_seen_flag()  # as a forward does first: else what is there would count once more
+            self._backward(shared.loss(), last=True)
         everything = torch.cat([sums_2.to(self.device), count_LE.flatten().double()])
         ce, balance, *_ = everything = ranks.total(everything)
         if not torch.isfinite(everything).all():
@@ -139,6 +147,11 @@ class DeepSpeedEngine:
             num_skipped=totals.skipped,
             expert_share_LE=self.share_LE.cpu(),
         )
+
+    def _backward(self, loss: Tensor, last: bool) -> None:
+        """Add gradients; with the `last` of a step they are ready for the update."""
+        self.engine.set_gradient_accumulation_boundary(last)
+        self.engine.backward(loss, scale_wrt_gas=False)
 
     def _update(self, lr: float) -> float:
         set_lr(self.optimizer.param_groups, lr)
