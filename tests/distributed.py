@@ -23,6 +23,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from train import ranks
+
 ROOT = Path(__file__).resolve().parents[1]
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 GRACE = 10.0  # seconds: for the others to end by themselves when one has failed, and for stacks to be printed
@@ -101,3 +103,4 @@ def main(folder: Path, rank: int) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), int(sys.argv[2]))
+    ranks.leave(0)  # as train.py does: a destructor of gloo's or DeepSpeed's may abort a process that has done its work

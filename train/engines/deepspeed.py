@@ -130,8 +130,7 @@ class DeepSpeedEngine:
             sums_2 += torch.tensor([ce_sum.item(), balance_share.item()], dtype=torch.float64)
             count_LE += count
         if shared and shared.learns:
-            self.zero.clear_backward_seen_flag()  # as a forward does first: else what is there would count once more
-            self._backward(shared.loss(), last=True)
+            self._backward(shared.loss() + self._nothing(), last=True)
         everything = torch.cat([sums_2.to(self.device), count_LE.flatten().double()])
         ce, balance, *_ = everything = ranks.total(everything)
         if not torch.isfinite(everything).all():
@@ -147,6 +146,17 @@ class DeepSpeedEngine:
             num_skipped=totals.skipped,
             expert_share_LE=self.share_LE.cpu(),
         )
+
+    def _nothing(self) -> Tensor | float:
+        """Zero, for a backward that no forward precedes and that reaches the encoders only.
+
+        With its optimizer offloaded, DeepSpeed moves only gradients of parameters that the last backward reaches to
+        the host: then it reaches all of them, by a batch without tokens.
+        """
+        if self.setup.engine.offload:
+            return self.engine(Batch.empty(self.setup.model.audio.num_mel_bins).to(self.device))[0]
+        self.zero.clear_backward_seen_flag()  # as a forward does: else the gradients so far would be added once more
+        return 0.0
 
     def _backward(self, loss: Tensor, last: bool) -> None:
         """Add gradients; with the `last` of a step they are ready for the update."""
