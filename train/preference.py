@@ -1,0 +1,225 @@
+"""Preference optimisation of the Talker: DPO on pairs of code sequences, as sums over pairs.
+
+    chosen, rejected plans --pair--> TalkerPlan [chosen 0, rejected 0, chosen 1, ...]
+    policy    --talker_logprobs--> logprob of each document [N] --.
+    reference --the same without gradient, or a cached [N]-------+--dpo_sums--> loss, sft, margins, right ones
+
+    reward = beta * (log p(codes) - log p_reference(codes))
+    loss   = -log sigmoid(reward of chosen - reward of rejected)           Rafailov et al. 2023, eq. 7
+
+Qwen3-Omni's report says of its third Talker stage no more than that it is DPO on multilingual pairs; beta is
+Rafailov's. Optional: rewards per code, so that longer speech is not favoured (length-normalised DPO: Tulu 3, Lambert
+et al. 2024, section 5); cross-entropy per code of the chosen sequence on top (Pang et al. 2024; Llama 3 adds
+0.2 of it, Dubey et al. 2024, section 4.1.4).
+
+A sequence's probability is that of its first codes and its end, and with `residual_weight` 1 that of all its codes. The
+residual codebooks are most of the codes and of the cost, and say least of the words, so they are left out by default.
+
+Sums and the count of pairs, never means: shares of any split that leaves pairs together add up (train/loss.py).
+
+Cost: policy and a live reference run on both sequences of a pair. No more than `max_logits` logits exist at a time;
+they are computed again in backward, since each document's weight in the gradient is known only then.
+
+Letters: N documents (2 for each pair), P positions, F frames, D hidden, V codes, H hidden of the Thinker, C chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.talker import Talker
+from models.talker_inputs import IGNORE, TalkerPlan, join, talker_inputs
+from train.errors import RecipeError
+from train.loss import MAX_LOGITS
+
+
+@dataclass(frozen=True)
+class PreferenceConfig:
+    """Settings of the loss; sources above."""
+
+    beta: float = 0.1
+    residual_weight: float = 0.0  # of the residual codebooks' log-probabilities; 1 is the whole sequence's
+    length_normalised: bool = False  # rewards per code: beta then is larger, 5 in Tulu 3
+    sft_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Reject what would turn the preference round."""
+        if self.beta <= 0:
+            raise RecipeError(f"preference.beta must be above 0, not {self.beta}")
+        for name in ("residual_weight", "sft_weight"):
+            if getattr(self, name) < 0:
+                raise RecipeError(f"preference.{name} must not be below 0, not {getattr(self, name)}")
+
+
+class PreferenceObjective(nn.Module):
+    """Policy and loss as one module. The reference is none of its parameters: it comes with each call."""
+
+    def __init__(self, talker: Talker, config: PreferenceConfig, *, max_logits: int = MAX_LOGITS) -> None:
+        super().__init__()
+        self.talker, self.config, self.max_logits = talker, config, max_logits
+
+    def forward(
+        self, plan: TalkerPlan, text_XH: Tensor, media_MH: Tensor, reference: Talker | Tensor
+    ) -> dict[str, Tensor]:
+        """Sums over the pairs of a plan made by `pair`, as `dpo_sums` names them.
+
+        text [X, H] and media [M, H] as models.talker_inputs takes them. `reference` is a frozen Talker, run here, or
+        its cached log-probabilities fp32 [N], which `talker_logprobs` gives with the same residual_weight.
+        """
+        weight, limit = self.config.residual_weight, self.max_logits
+        logprobs_N = talker_logprobs(self.talker, plan, text_XH, media_MH, residual_weight=weight, max_logits=limit)
+        if isinstance(reference, Talker):
+            with torch.no_grad():
+                reference_N = talker_logprobs(
+                    reference, plan, text_XH, media_MH, residual_weight=weight, max_logits=limit
+                )
+        else:
+            reference_N = reference.to(logprobs_N)
+        return dpo_sums(logprobs_N, reference_N, code_weights(plan, weight), self.config)
+
+
+def pair(chosen: Sequence[TalkerPlan], rejected: Sequence[TalkerPlan], num_code_groups: int) -> TalkerPlan:
+    """One plan of 2 N documents, each chosen one followed by its rejected one. Media rows follow in that order.
+
+    Raises ValueError where there are not as many of one as of the other.
+    """
+    if len(chosen) != len(rejected):
+        raise ValueError(f"{len(chosen)} chosen documents for {len(rejected)} rejected ones: pairs need one of each")
+    return join([plan for two in zip(chosen, rejected, strict=True) for plan in two], num_code_groups)
+
+
+def twice(rows_M: Tensor, counts: Sequence[int]) -> Tensor:
+    """Media rows of N conversations, `counts` each -> those of the plan's documents: every conversation's twice."""
+    return torch.cat([rows_M[:0], *(part for rows in rows_M.split(list(counts)) for part in (rows, rows))])
+
+
+def talker_logprobs(
+    talker: Talker,
+    plan: TalkerPlan,
+    text_XH: Tensor,
+    media_MH: Tensor,
+    *,
+    residual_weight: float = 0.0,
+    max_logits: int = MAX_LOGITS,
+) -> Tensor:
+    """Log-probability of the codes of each document, fp32 [N]; the Talker is run."""
+    inputs_PD = talker_inputs(talker, plan, text_XH, media_MH)
+    hidden_PD, _ = talker(inputs_PD, plan.position_ids_3P, plan.doc_lengths)
+    return sequence_logprobs(talker, hidden_PD, plan, residual_weight=residual_weight, max_logits=max_logits)
+
+
+def sequence_logprobs(
+    talker: Talker,
+    hidden_PD: Tensor,
+    plan: TalkerPlan,
+    *,
+    residual_weight: float = 0.0,
+    max_logits: int = MAX_LOGITS,
+) -> Tensor:
+    """Summed log-probability in nats of the codes of each document, fp32 [N], with gradient.
+
+    hidden [P, D] is Talker.forward's for the inputs of `plan`, on its device. First codes and the end count once,
+    residual codes `residual_weight` times; at 0 they are not computed, and the code predictor's gradients are zero.
+    """
+    positions_N = (plan.targets_P != IGNORE).nonzero().squeeze(1)
+    targets_N = plan.targets_P.index_select(0, positions_N)
+    first = partial(_logprobs, target_N=targets_N, max_logits=max_logits)
+    first_N = talker.codec_head(hidden_PD.index_select(0, positions_N), first)
+    logprobs_P = hidden_PD.new_zeros(len(hidden_PD), dtype=torch.float32).index_add(0, positions_N, first_N)
+    places_F, codes_GF = plan.frame_places_F - 1, plan.codes_GF  # the positions that predict the frames
+    if not residual_weight:
+        places_F, codes_GF = places_F[:0], codes_GF[:, :0]
+    states_FRD = talker.residual_states(hidden_PD.index_select(0, places_F), codes_GF)
+    for r, head in enumerate(talker.code_predictor.lm_head):
+        residual = partial(_logprobs, target_N=codes_GF[r + 1], max_logits=max_logits)
+        logprobs_P = logprobs_P.index_add(0, places_F, residual_weight * head(states_FRD[:, r], residual))
+    return _per_document(logprobs_P, plan)
+
+
+def code_weights(plan: TalkerPlan, residual_weight: float = 0.0) -> Tensor:
+    """Codes of each document that `sequence_logprobs` sums, with their weights: fp32 [N]."""
+    weights_P = (plan.targets_P != IGNORE).float()
+    extra_F = residual_weight * (len(plan.codes_GF) - 1) * torch.ones_like(plan.frame_places_F, dtype=torch.float32)
+    return _per_document(weights_P.index_add(0, plan.frame_places_F - 1, extra_F), plan)
+
+
+def dpo_sums(logprobs_N: Tensor, reference_N: Tensor, codes_N: Tensor, config: PreferenceConfig) -> dict[str, Tensor]:
+    """Sums over pairs, fp32 scalars. Documents alternate, chosen first; divide by the pairs of the global batch.
+
+    loss and sft with gradient; chosen_reward, rejected_reward, margin and right (pairs in the right order) without.
+    Raises ValueError for an odd number of documents or for shapes that differ.
+    """
+    if len(logprobs_N) % 2 or not logprobs_N.shape == reference_N.shape == codes_N.shape:
+        raise ValueError(
+            f"policy {list(logprobs_N.shape)}, reference {list(reference_N.shape)} and codes {list(codes_N.shape)} "
+            "must be one number for each document, two documents a pair"
+        )
+    rewards_N = config.beta * (logprobs_N - reference_N.detach())
+    if config.length_normalised:
+        rewards_N = rewards_N / codes_N.clamp(min=1.0)
+    margins = rewards_N[0::2] - rewards_N[1::2]
+    return {
+        "loss": -F.logsigmoid(margins).sum(),
+        "sft": -(logprobs_N / codes_N.clamp(min=1.0))[0::2].sum(),
+        "chosen_reward": rewards_N[0::2].detach().sum(),
+        "rejected_reward": rewards_N[1::2].detach().sum(),
+        "margin": margins.detach().sum(),
+        "right": (margins.detach() > 0).float().sum(),
+    }
+
+
+def preference_loss(sums: dict[str, Tensor], pairs: int, config: PreferenceConfig) -> Tensor:
+    """This micro-batch's share of the loss, fp32 scalar; `pairs` are those of the global batch."""
+    return (sums["loss"] + config.sft_weight * sums["sft"]) / max(1, pairs)
+
+
+def _per_document(values_P: Tensor, plan: TalkerPlan) -> Tensor:
+    sums = [part.sum() for part in values_P.split(list(plan.doc_lengths))] if plan.doc_lengths else []
+    return torch.stack(sums) if sums else values_P  # an empty pack has no positions either
+
+
+def _logprobs(hidden_ND: Tensor, weight_VD: Tensor, *, target_N: Tensor, max_logits: int) -> Tensor:
+    return _ChunkedLogProbs.apply(hidden_ND, weight_VD, target_N, max_logits)
+
+
+class _ChunkedLogProbs(torch.autograd.Function):
+    """log softmax(hidden weight^T)[target] of each row, fp32 [N], a chunk of rows at a time, forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, max_logits: int) -> Tensor:
+        ctx.rows = max(1, max_logits // len(weight_VD))
+        total_N = hidden_ND.new_empty(len(hidden_ND), dtype=torch.float32)  # logarithm of the sum of exponentials
+        right_N = torch.empty_like(total_N)
+        for start in range(0, len(hidden_ND), ctx.rows):
+            here = slice(start, start + ctx.rows)
+            logits_CV = F.linear(hidden_ND[here], weight_VD).float()
+            total_N[here] = logits_CV.logsumexp(1)
+            right_N[here] = logits_CV.gather(1, target_N[here, None]).squeeze(1)
+        ctx.save_for_backward(hidden_ND, weight_VD, target_N, total_N)
+        return right_N - total_N
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_ND, weight_VD, target_N, total_N = ctx.saved_tensors
+        want_hidden, want_weight = ctx.needs_input_grad[:2]
+        grad_hidden_ND = torch.zeros_like(hidden_ND) if want_hidden else None
+        # fp32 accumulation over chunks, whatever the weights are
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if want_weight else None
+        for start in range(0, len(hidden_ND), ctx.rows):
+            here = slice(start, start + ctx.rows)
+            grad_CV = F.linear(hidden_ND[here], weight_VD).float().sub_(total_N[here, None]).exp_().neg_()
+            grad_CV.scatter_add_(1, target_N[here, None], torch.ones_like(total_N[here, None]))
+            grad_CV = grad_CV.mul_(grad_N[here, None]).to(weight_VD.dtype)
+            if grad_hidden_ND is not None:
+                grad_hidden_ND[here] = grad_CV @ weight_VD
+            if grad_weight_VD is not None:
+                grad_weight_VD.add_(grad_CV.t() @ hidden_ND[here])
+        return grad_hidden_ND, None if grad_weight_VD is None else grad_weight_VD.to(weight_VD.dtype), None, None
