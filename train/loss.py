@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, overload
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,7 @@ from data.types import Batch
 from models.thinker import Features, Media, Thinker
 
 IGNORE = -100
+SHARE = "router.expert_share"  # name of the Thinker's expert shares in a checkpoint
 MAX_LOGITS = 40_000_000  # 160 MB in fp32: 263 targets of the released vocabulary
 
 
@@ -101,44 +102,83 @@ def cross_entropy_sum(
     )
 
 
+class Sums(NamedTuple):
+    """What an objective makes of a pack: sums, never means."""
+
+    losses_K: Tensor  # fp32, with gradient: one a term
+    probs: tuple[Tensor, ...]  # fp32 [L, E], with gradient, one a stack of routers: router probabilities over tokens
+    counts: tuple[Tensor, ...]  # fp32 [L, E]: assignments of each expert
+
+
+@dataclass(frozen=True)
+class Term:
+    """A part of the loss: `weight` times its sum over the count of its targets in the global batch."""
+
+    name: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Routers:
+    """The routers of one decoder."""
+
+    name: str  # of their expert shares in a checkpoint
+    layers: int
+    experts: int
+
+
 @dataclass(frozen=True)
 class Totals:
     """Counts of a set of micro-batches. The engine adds them over ranks before the first backward."""
 
-    tokens: int
-    targets: int
     skipped: int
+    targets: tuple[int, ...]  # of each term
+    tokens: tuple[int, ...]  # of each decoder with routers; the first is the Thinker's
 
-    @staticmethod
-    def of(batches: Sequence[Batch]) -> Totals:
-        """Count this rank's micro-batches."""
-        return Totals(
-            tokens=sum(len(batch.token_ids_T) for batch in batches),
-            targets=sum(int((batch.labels_T != IGNORE).sum()) for batch in batches),
-            skipped=sum(len(batch.skipped) for batch in batches),
-        )
+    def vector(self) -> Tensor:
+        """All counts, float64."""
+        return torch.tensor([self.skipped, *self.targets, *self.tokens], dtype=torch.float64)
+
+    def like(self, vector: Tensor) -> Totals:
+        """The inverse of `vector`."""
+        skipped, *counts = (int(count) for count in vector)
+        return Totals(skipped, tuple(counts[: len(self.targets)]), tuple(counts[len(self.targets) :]))
 
 
 class Objective(nn.Module):
-    """Thinker and loss as one module: an engine wraps it, and every parameter is used inside its forward."""
+    """Model and loss as one module: an engine wraps it, and every parameter is used inside its forward.
+
+    Another objective has the same attributes: `prefix` is what names of the model's parameters begin with in it.
+    """
+
+    prefix = "thinker."
+    terms: tuple[Term, ...] = (Term("text"),)
 
     def __init__(self, thinker: Thinker, *, top_k: int, max_logits: int) -> None:
         super().__init__()
         self.thinker = thinker
         self.top_k = top_k
         self.max_logits = max_logits
+        text = thinker.config.text
+        self.routers = (Routers(SHARE, text.num_hidden_layers, text.num_experts),)
 
-    @overload
-    def forward(self, batch: Batch, features: Features | None = None) -> tuple[Tensor, Tensor, Tensor]: ...
+    @property
+    def model(self) -> nn.Module:
+        """What is trained, kept in checkpoints and exported."""
+        return self.thinker
 
-    @overload
-    def forward(self, batch: Media) -> Features: ...
+    def totals(self, batches: Sequence[Batch]) -> Totals:
+        """Count this rank's micro-batches."""
+        return Totals(
+            skipped=sum(len(batch.skipped) for batch in batches),
+            targets=(sum(int((batch.labels_T != IGNORE).sum()) for batch in batches),),
+            tokens=(sum(len(batch.token_ids_T) for batch in batches),),
+        )
 
-    def forward(self, batch: Batch | Media, features: Features | None = None) -> tuple[Tensor, ...] | Features:
-        """Return ce_sum (fp32 scalar), prob_LE (fp32, summed router probabilities), count_LE (fp32, no gradient).
+    def forward(self, batch: Batch | Media, features: Features | None = None) -> Sums | Features:
+        """Sums over a pack. `features` are those of the batch's media where they are encoded already.
 
-        `features` are those of the batch's media where they are encoded already. Given Media alone, returns their
-        features: an engine that wraps this module calls nothing else of it.
+        Given Media alone, returns their features: an engine that wraps this module calls nothing else of it.
         """
         if isinstance(batch, Media):
             return self.thinker.encode(batch)
@@ -147,9 +187,7 @@ class Objective(nn.Module):
         ce_sum = self.thinker.lm_head(hidden_TD, head)
         if features is not None:
             ce_sum = ce_sum + self._nothing_to_encode(batch)
-        prob_LE = torch.stack([F.softmax(logits_TE.float(), -1).sum(0) for logits_TE in router_logits])
-        count_LE = torch.stack([expert_count(logits_TE, self.top_k) for logits_TE in router_logits])
-        return ce_sum, prob_LE, count_LE
+        return Sums(ce_sum.unsqueeze(0), *routed(router_logits, self.top_k))
 
     def _nothing_to_encode(self, batch: Batch) -> Tensor:
         """Zero, and a gradient of zero in every parameter of the encoders.
@@ -173,11 +211,29 @@ def pictures_of(batch: Batch) -> dict[str, Any]:
     return {"pixels_PX": batch.pixels_PX, "grids": batch.grids}
 
 
+def routed(router_logits: Sequence[Tensor], top_k: int) -> tuple[tuple[Tensor], tuple[Tensor]]:
+    """Summed probabilities and assignments [L, E] of one decoder's routers."""
+    prob_LE = torch.stack([F.softmax(logits_TE.float(), -1).sum(0) for logits_TE in router_logits])
+    return (prob_LE,), (torch.stack([expert_count(logits_TE, top_k) for logits_TE in router_logits]),)
+
+
 @torch.no_grad()
 def expert_count(logits_TE: Tensor, top_k: int) -> Tensor:
     """How many assignments each expert receives, fp32 [E]."""
     chosen_TK = logits_TE.topk(top_k, -1).indices
     return torch.bincount(chosen_TK.flatten(), minlength=logits_TE.shape[-1]).float()
+
+
+def weighted(losses_K: Tensor, terms: Sequence[Term], totals: Totals) -> Tensor:
+    """A pack's share of the loss, fp32 scalar."""
+    scales = [term.weight / max(1, count) for term, count in zip(terms, totals.targets, strict=True)]
+    return (losses_K * losses_K.new_tensor(scales)).sum()
+
+
+def balance_losses(shares: Sequence[Tensor], probs: Sequence[Tensor], tokens: Sequence[int]) -> Tensor:
+    """Sum of the balance losses of each decoder with routers."""
+    losses = [balance_loss(*each) for each in zip(shares, probs, tokens, strict=True)]
+    return torch.stack(losses).sum()
 
 
 def balance_loss(share_LE: Tensor, prob_LE: Tensor, tokens: int) -> Tensor:

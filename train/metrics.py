@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from tqdm import tqdm
 
 from data.types import Batch
@@ -88,11 +89,10 @@ class Meters:
             "seconds_per_step": seconds / self._steps,
             "wait_share": self._wait / seconds,
             "mfu": self._work / seconds / self.peak_flops if self.peak_flops else None,
-            # busiest expert over the mean, per layer: 1 is balanced
-            "expert_load": [
-                round(v, 4) for v in (stats.expert_share_LE.amax(1) * stats.expert_share_LE.shape[1]).tolist()
-            ],
+            **{name.replace("router.expert_share", "expert_load"): load(s) for name, s in stats.expert_shares.items()},
         }
+        if len(stats.terms) > 1:
+            line["terms"] = dict(stats.terms)
         if step % self.log.every == 0 or step == self._bar.total:
             self._write(line)
             self._reset()
@@ -124,6 +124,11 @@ class Meters:
             self._file.close()
             if self._wandb is not None:
                 self._wandb.finish()
+
+
+def load(share_LE: Tensor) -> list[float]:
+    """Busiest expert over the mean, per layer: 1 is balanced."""
+    return [round(value, 4) for value in (share_LE.amax(1) * share_LE.shape[1]).tolist()]
 
 
 def cut_after(path: Path, step: int) -> None:

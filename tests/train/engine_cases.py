@@ -19,10 +19,11 @@ from models.audio_encoder import num_audio_tokens
 from models.config import AudioConfig, TextConfig, ThinkerConfig, VisionConfig
 from models.vision_encoder import num_vision_tokens
 from train import ranks
-from train.engines import MOMENTS, SHARE, VALUE, WEIGHT, Engine
+from train.engines import MOMENTS, VALUE, WEIGHT, Engine
 from train.engines.build import build_engine
 from train.engines.setup import EngineSetup
 from train.errors import EngineError
+from train.loss import SHARE
 from train.recipe import EngineConfig, LossConfig, OptimConfig, Phase
 
 MELS, WORDS, VIDEO, IMAGE, AUDIO = 128, 60, 61, 62, 63
@@ -131,7 +132,7 @@ def train(engine: Engine, first: int, last: int, whole: bool = False) -> list[li
     for step in range(first, last):
         stats = engine.train_step(microbatches(step, whole), lr)
         row = [stats.loss, stats.balance_loss, stats.grad_norm, stats.num_tokens, stats.num_targets, stats.num_skipped]
-        rows.append(row + stats.expert_share_LE.flatten().tolist())
+        rows.append(row + stats.expert_shares[SHARE].flatten().tolist())
     return rows
 
 

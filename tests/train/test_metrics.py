@@ -15,8 +15,8 @@ from train.recipe import LogConfig
 
 
 def stats(loss: float, targets: int = 10) -> StepStats:
-    share = torch.tensor([[0.5, 0.5], [0.75, 0.25]])
-    return StepStats(loss, 1.1, 0.5, 100, targets, 1, share)
+    shares = {"router.expert_share": torch.tensor([[0.5, 0.5], [0.75, 0.25]])}
+    return StepStats(loss, {"text": loss}, 1.1, 0.5, 100, targets, 1, shares)
 
 
 def run_steps(folder: Path, start: int, stop: int, every: int = 2, **log) -> None:

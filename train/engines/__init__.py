@@ -26,8 +26,7 @@ from torch import Tensor
 from data.types import Batch
 
 WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
-VALUE = "value"  # state that is no parameter: the balance loss' expert shares
-SHARE = "router.expert_share"  # their name in the checkpoint
+VALUE = "value"  # state that is no parameter: expert shares, train.loss.Routers
 
 
 @dataclass(frozen=True)
@@ -42,13 +41,14 @@ class Shard:
 class StepStats:
     """What one optimizer step reports. Every number is global: the same on all ranks."""
 
-    loss: float  # cross-entropy per target token, nats
-    balance_loss: float  # 1.0 when the router is perfectly balanced
+    loss: float  # weighted sum of the terms; text alone: cross-entropy per target token, nats
+    terms: Mapping[str, float]  # mean of each term over its targets; 0.0 where the step has none
+    balance_loss: float  # 1.0 when the routers are perfectly balanced
     grad_norm: float  # before clipping
     num_tokens: int
     num_targets: int
     num_skipped: int  # samples left out because they could not be read
-    expert_share_LE: Tensor  # share of the assignments that each expert received, rows sum to 1
+    expert_shares: Mapping[str, Tensor]  # [L, E] share of the assignments that each expert received, rows sum to 1
 
 
 @dataclass(frozen=True)

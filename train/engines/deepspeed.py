@@ -37,15 +37,14 @@ from torch import Tensor, nn
 from data.types import Batch
 from train import ranks
 from train.encoders import SharedEncoding
-from train.engines import MOMENTS, SHARE, VALUE, WEIGHT, Fragment, Shard, StateReader, StepStats, autoep
-from train.engines.setup import EngineSetup, continue_greedily, sums_of_eval
+from train.engines import MOMENTS, VALUE, WEIGHT, Fragment, Shard, StateReader, StepStats, autoep
+from train.engines.setup import EngineSetup, continue_greedily, first_shares, read_shares, stats_of, sums_of_eval
 from train.errors import EngineError
-from train.loss import Objective, Totals, balance_loss, next_share, uniform_share
+from train.loss import Objective, balance_losses, next_share, weighted
 from train.optim import set_lr
 
 BUCKET = 50_000_000  # elements reduced together; DeepSpeed's default would allocate 2 GB of fp32
 PERSISTENT = 100_000  # elements
-PREFIX = "thinker."  # of the names inside Objective
 
 
 class _Owned(NamedTuple):
@@ -75,14 +74,15 @@ class DeepSpeedEngine:
     """Implements train.engines.Engine. Every method but `fragments` is collective."""
 
     def __init__(self, setup: EngineSetup) -> None:
-        check_degrees(setup.engine.ep, setup.num_experts, ranks.world())
         deepspeed = import_deepspeed(setup.device)
         ensure_process_group(setup.device)
         self.setup, self.device, self.stage = setup, setup.device, setup.engine.zero
         self.shard, self.is_main = Shard(ranks.rank(), ranks.world()), ranks.rank() == 0
         objective = setup.build_objective()
-        describe_experts(objective, setup.num_experts)
-        named = dict(objective.thinker.named_parameters())
+        for routers in objective.routers:
+            check_degrees(setup.engine.ep, routers.experts, ranks.world())
+        describe_experts(objective, objective.routers[0].experts)
+        named = dict(objective.model.named_parameters())
         self.shapes = {name: tuple(parameter.shape) for name, parameter in named.items()}
         self.frozen = {n: self._own_part(p.detach()) for n, p in named.items() if not p.requires_grad}
         initial = {name: p.detach().clone() for name, p in named.items()} if self._is_bf16 else None
@@ -98,7 +98,7 @@ class DeepSpeedEngine:
         self.objective, self.zero = self.engine.module, self.engine.optimizer
         self.optimizer = self.zero.optimizer
         expose_router_logits(self.objective)
-        self.share_LE = uniform_share(setup.num_layers, setup.num_experts).to(self.device)
+        self.shares = first_shares(self.objective, self.device)
         self._shares = setup.engine.share_encoders and self.shard.count > 1
         if initial is not None:
             self.restore(_Initial(initial), optimizer_step=0)
@@ -116,36 +116,31 @@ class DeepSpeedEngine:
     def train_step(self, microbatches: Sequence[Batch], lr: float) -> StepStats:
         """See train.engines.Engine."""
         self.engine.train()
-        mine = Totals.of(microbatches)
-        counts = ranks.total(torch.tensor([mine.tokens, mine.targets, mine.skipped], device=self.device))
-        totals = Totals(*(int(count) for count in counts))
-        sums_2, count_LE = torch.zeros(2, dtype=torch.float64), torch.zeros_like(self.share_LE)
+        objective, mine = self.objective, self.objective.totals(microbatches)
+        totals = mine.like(ranks.total(mine.vector().to(self.device)))
+        found_K = torch.zeros(len(objective.terms) + 1, dtype=torch.float64)  # the last is the balance loss
+        counts = [torch.zeros_like(share_LE) for share_LE in self.shares]
         shared = SharedEncoding(microbatches, self.setup.model, self.device, self.engine) if self._shares else None
         parts = list(shared.parts()) if shared else [(batch, None) for batch in microbatches]
         for number, (batch, features) in enumerate(parts, 1):
-            ce_sum, prob_LE, count = self.engine(batch.to(self.device), features)
-            balance_share = balance_loss(self.share_LE, prob_LE, totals.tokens)
-            share = ce_sum / max(1, totals.targets) + self.setup.loss.balance * balance_share
+            sums = self.engine(batch.to(self.device), features)
+            balance_share = balance_losses(self.shares, sums.probs, totals.tokens)
+            share = weighted(sums.losses_K, objective.terms, totals) + self.setup.loss.balance * balance_share
             self._backward(share * self.shard.count, last=number == len(parts) and not (shared and shared.learns))
-            sums_2 += torch.tensor([ce_sum.item(), balance_share.item()], dtype=torch.float64)
-            count_LE += count
+            found_K += torch.cat([sums.losses_K.detach(), balance_share.detach().view(1)]).cpu().double()
+            counts = [count_LE + more_LE for count_LE, more_LE in zip(counts, sums.counts, strict=True)]
         if shared and shared.learns:
             self._backward(shared.loss() + self._nothing(), last=True)
-        everything = torch.cat([sums_2.to(self.device), count_LE.flatten().double()])
-        ce, balance, *_ = everything = ranks.total(everything)
+        everything = ranks.total(
+            torch.cat([found_K.to(self.device), *(count_LE.flatten().double() for count_LE in counts)])
+        )
         if not torch.isfinite(everything).all():
             raise EngineError("the loss is not finite; the update was not made")
         grad_norm = self._update(lr)
-        self.share_LE = next_share(everything[2:].view(count_LE.shape).float()).to(self.device)
-        return StepStats(
-            loss=float(ce) / max(1, totals.targets),
-            balance_loss=float(balance),
-            grad_norm=grad_norm,
-            num_tokens=totals.tokens,
-            num_targets=totals.targets,
-            num_skipped=totals.skipped,
-            expert_share_LE=self.share_LE.cpu(),
-        )
+        found_K, *flat = everything.split([len(found_K), *(count_LE.numel() for count_LE in counts)])
+        counts = [values.view(count_LE.shape).float() for values, count_LE in zip(flat, counts, strict=True)]
+        self.shares = [next_share(count_LE).to(self.device) for count_LE in counts]
+        return stats_of(objective, totals, found_K[:-1], float(found_K[-1]), grad_norm, self.shares)
 
     def _nothing(self) -> Tensor | float:
         """Zero, for a backward that no forward precedes and that reaches the encoders only.
@@ -154,7 +149,7 @@ class DeepSpeedEngine:
         the host: then it reaches all of them, by a batch without tokens.
         """
         if self.setup.engine.offload:
-            return self.engine(Batch.empty(self.setup.model.audio.num_mel_bins).to(self.device))[0]
+            return self.engine(Batch.empty(self.setup.model.audio.num_mel_bins).to(self.device)).losses_K.sum()
         self.zero.clear_backward_seen_flag()  # as a forward does: else the gradients so far would be added once more
         return 0.0
 
@@ -219,7 +214,7 @@ class DeepSpeedEngine:
             if p.requires_grad is not trainable:
                 continue
             experts = getattr(p, "ds_autoep_uc_meta", {}).get("local_experts")
-            for piece in autoep.pieces(name.removeprefix(PREFIX), start, length, experts, self.shapes):
+            for piece in autoep.pieces(name.removeprefix(self.objective.prefix), start, length, experts, self.shapes):
                 cut = {kind: tensor.narrow(0, piece.offset, piece.length) for kind, tensor in tensors.items()}
                 yield _Owned(piece.name, piece.start, cut)
 
@@ -229,8 +224,9 @@ class DeepSpeedEngine:
         for name, start, tensors in (*self._owned(trainable=True), *frozen):
             if length := tensors[WEIGHT].numel():
                 yield Fragment(name, self.shapes[name], start, length, tensors)
-        share = {VALUE: self.share_LE.view(-1)}
-        yield Fragment(SHARE, tuple(self.share_LE.shape), 0, self.share_LE.numel(), share, replicated=True)
+        for routers, share_LE in zip(self.objective.routers, self.shares, strict=True):
+            shape, values = tuple(share_LE.shape), {VALUE: share_LE.view(-1)}
+            yield Fragment(routers.name, shape, 0, share_LE.numel(), values, replicated=True)
 
     @torch.no_grad()
     def restore(self, state: StateReader, *, optimizer_step: int) -> None:
@@ -254,9 +250,7 @@ class DeepSpeedEngine:
         for name, (start, part) in self.frozen.items():
             load(name, start, {WEIGHT: part})
         if optimizer_step:
-            shape = tuple(self.share_LE.shape)
-            values = state.read(VALUE, SHARE, shape, 0, self.share_LE.numel())
-            self.share_LE = values.view(shape).to(self.device, copy=True)
+            self.shares = read_shares(state, self.objective, self.device)
         self._masters_to_model()
 
     def _masters_to_model(self) -> None:

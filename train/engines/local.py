@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from data.types import Batch
 from train import ranks
-from train.engines import MOMENTS, SHARE, VALUE, WEIGHT, Fragment, Shard, StateReader, StepStats
-from train.engines.setup import EngineSetup, continue_greedily, sums_of_eval
+from train.engines import MOMENTS, VALUE, WEIGHT, Fragment, Shard, StateReader, StepStats
+from train.engines.setup import EngineSetup, continue_greedily, first_shares, read_shares, stats_of, sums_of_eval
 from train.errors import EngineError
-from train.loss import Totals, balance_loss, next_share, uniform_share
+from train.loss import balance_losses, next_share, weighted
 from train.optim import set_lr
 
 
@@ -35,7 +35,7 @@ class LocalEngine:
         self.masters: list[tuple[str, nn.Parameter, Tensor]] = []  # name, model's parameter, fp32 master
         moved = objective.to(self.device)
         master_of: dict[nn.Parameter, Tensor] = {}
-        for name, parameter in moved.thinker.named_parameters():
+        for name, parameter in moved.model.named_parameters():
             master = parameter.detach().clone() if dtype is not torch.float32 else parameter
             master.requires_grad_(parameter.requires_grad)
             parameter.data = parameter.data.to(dtype)
@@ -47,30 +47,25 @@ class LocalEngine:
         self.optimizer = torch.optim.AdamW(
             groups, betas=setup.betas, eps=setup.optim.eps, fused=True, lr=setup.optim.lr
         )
-        self.share_LE = uniform_share(setup.num_layers, setup.num_experts).to(self.device)
+        self.shares = first_shares(moved, self.device)
 
     def train_step(self, microbatches: Sequence[Batch], lr: float) -> StepStats:
         """See train.engines.Engine."""
         self.objective.train()
-        totals = Totals.of(microbatches)
-        ce, balance, count_LE = 0.0, 0.0, torch.zeros_like(self.share_LE)
+        objective, totals = self.objective, self.objective.totals(microbatches)
+        losses_K = torch.zeros(len(objective.terms), dtype=torch.float64)
+        balance, counts = 0.0, [torch.zeros_like(share_LE) for share_LE in self.shares]
         for batch in microbatches:
-            ce_sum, prob_LE, count = self.objective(batch.to(self.device))
-            balance_share = balance_loss(self.share_LE, prob_LE, totals.tokens)
-            (ce_sum / max(1, totals.targets) + self.setup.loss.balance * balance_share).backward()
+            sums = objective(batch.to(self.device))
+            balance_share = balance_losses(self.shares, sums.probs, totals.tokens)
+            (weighted(sums.losses_K, objective.terms, totals) + self.setup.loss.balance * balance_share).backward()
             self._accumulate()
-            ce, balance, count_LE = ce + ce_sum.item(), balance + balance_share.item(), count_LE + count
+            losses_K += sums.losses_K.detach().cpu().double()
+            balance += balance_share.item()
+            counts = [count_LE + more_LE for count_LE, more_LE in zip(counts, sums.counts, strict=True)]
         grad_norm = self._update(lr)
-        self.share_LE = next_share(count_LE)
-        return StepStats(
-            loss=ce / max(1, totals.targets),
-            balance_loss=balance,
-            grad_norm=grad_norm,
-            num_tokens=totals.tokens,
-            num_targets=totals.targets,
-            num_skipped=totals.skipped,
-            expert_share_LE=self.share_LE.cpu(),
-        )
+        self.shares = [next_share(count_LE) for count_LE in counts]
+        return stats_of(objective, totals, losses_K, balance, grad_norm, self.shares)
 
     def _accumulate(self) -> None:
         """Add bf16 gradients to the masters' fp32 ones, micro-batch by micro-batch."""
@@ -117,7 +112,9 @@ class LocalEngine:
             tensors = {WEIGHT: master.detach().view(-1)}
             tensors |= {kind: state[kind].view(-1) for kind in MOMENTS if kind in state}
             yield Fragment(name, tuple(master.shape), 0, master.numel(), tensors)
-        yield Fragment(SHARE, tuple(self.share_LE.shape), 0, self.share_LE.numel(), {VALUE: self.share_LE.view(-1)})
+        for routers, share_LE in zip(self.objective.routers, self.shares, strict=True):
+            shape, values = tuple(share_LE.shape), {VALUE: share_LE.view(-1)}
+            yield Fragment(routers.name, shape, 0, share_LE.numel(), values)
 
     @torch.no_grad()
     def restore(self, state: StateReader, *, optimizer_step: int) -> None:
@@ -132,8 +129,7 @@ class LocalEngine:
                 step = torch.tensor(float(optimizer_step), device=master.device)
                 self.optimizer.state[master] = {"step": step, **moments}
         if optimizer_step:
-            shape = tuple(self.share_LE.shape)
-            self.share_LE = state.read(VALUE, SHARE, shape, 0, self.share_LE.numel()).view(shape).to(self.device)
+            self.shares = read_shares(state, self.objective, self.device)
         self._sync()
 
     def close(self) -> None:

@@ -5,19 +5,21 @@ recipe, phase -> EngineSetup -> build_engine -> local | deepspeed      (each imp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from data.types import Batch
 from models.config import ThinkerConfig
 from models.generate import greedy
 from models.init import init_weights
 from models.thinker import Thinker
-from train.loss import IGNORE, Objective, inputs_of, pictures_of
+from train.engines import VALUE, StateReader, StepStats
+from train.loss import IGNORE, Objective, Totals, inputs_of, pictures_of, uniform_share
 from train.optim import param_groups, select_trainable
 from train.recipe import EngineConfig, LossConfig, OptimConfig, Phase
 
@@ -36,16 +38,6 @@ class EngineSetup:
     device: torch.device
 
     @property
-    def num_layers(self) -> int:
-        """Decoder layers, each with a router."""
-        return self.model.text.num_hidden_layers
-
-    @property
-    def num_experts(self) -> int:
-        """Experts of a layer."""
-        return self.model.text.num_experts
-
-    @property
     def betas(self) -> tuple[float, float]:
         """AdamW's decay rates."""
         first, second = self.optim.betas
@@ -60,7 +52,40 @@ class EngineSetup:
 
     def param_groups(self, objective: Objective) -> list[dict[str, Any]]:
         """Optimizer groups over the trainable parameters."""
-        return param_groups(objective.thinker, self.optim)
+        return param_groups(objective.model, self.optim)
+
+
+def stats_of(
+    objective: Objective, totals: Totals, losses_K: Tensor, balance: float, grad_norm: float, shares: Sequence[Tensor]
+) -> StepStats:
+    """What a step reports, from sums over the global batch."""
+    means = losses_K.tolist()
+    means = {t.name: total / max(1, n) for t, total, n in zip(objective.terms, means, totals.targets, strict=True)}
+    return StepStats(
+        loss=sum(term.weight * means[term.name] for term in objective.terms),
+        terms=means,
+        balance_loss=balance / len(shares),
+        grad_norm=grad_norm,
+        num_tokens=totals.tokens[0],
+        num_targets=sum(totals.targets),
+        num_skipped=totals.skipped,
+        expert_shares={r.name: share_LE.cpu() for r, share_LE in zip(objective.routers, shares, strict=True)},
+    )
+
+
+def first_shares(objective: Objective, device: torch.device) -> list[Tensor]:
+    """Expert shares before the first step, [L, E] for each decoder with routers."""
+    return [uniform_share(routers.layers, routers.experts).to(device) for routers in objective.routers]
+
+
+def read_shares(state: StateReader, objective: Objective, device: torch.device) -> list[Tensor]:
+    """Expert shares of a checkpoint."""
+    found = []
+    for routers in objective.routers:
+        shape = routers.layers, routers.experts
+        values = state.read(VALUE, routers.name, shape, 0, routers.layers * routers.experts)
+        found.append(values.view(shape).to(device, copy=True))
+    return found
 
 
 def sums_of_eval(objective: Objective, batch: Batch) -> Mapping[str, float]:
