@@ -1,4 +1,4 @@
-"""Audio bytes to 16 kHz mono: the only place where a compressed clip is opened.
+"""Audio bytes to mono at 16 kHz, or another rate: the only place where a compressed clip is opened.
 
     bytes --first bytes--> libsndfile: wav, flac, mp3, ogg --blocks--> mean of channels --soxr stream-->
                            FFmpeg: all else on the list (data/ffmpeg.py)      float32 [S] at 16 kHz
@@ -66,10 +66,10 @@ class Limits(ContainerLimits):
     max_frames: int = 1 << 29
 
 
-def decode(payload: bytes, limits: Limits | None = None) -> np.ndarray:
+def decode(payload: bytes, limits: Limits | None = None, rate: int = SAMPLE_RATE) -> np.ndarray:
     """Decode one clip of any format on the list.
 
-    Returns float32 [S] at 16 kHz, channels averaged, with S = `resampled_length(frames, rate)`.
+    Returns float32 [S] at `rate`, channels averaged, with S = `resampled_length(frames, its own rate, rate)`.
     Raises BadSample, with the reason, for anything that is not a whole clip within the limits.
     """
     limits = limits or Limits()
@@ -77,15 +77,19 @@ def decode(payload: bytes, limits: Limits | None = None) -> np.ndarray:
     name = format_of(payload, FORMATS, "audio")
     if re.match(rb"\xff[\xf0\xf1\xf8\xf9]", payload[_end_of_id3(payload) :][:2]):
         name = "aac"
-    wave_S = _by_sndfile(payload, limits) if _is_for_sndfile(name, payload) else _by_ffmpeg(payload, name, limits)
-    check_wave(wave_S, "audio")
+    if _is_for_sndfile(name, payload):
+        wave_S = _by_sndfile(payload, limits, rate)
+    else:
+        wave_S = _by_ffmpeg(payload, name, limits, rate)
+    check_wave(wave_S, "audio", rate)
     return wave_S
 
 
-def check_wave(wave_S: np.ndarray, what: str) -> None:
-    """Raise BadSample for a clip at 16 kHz that is too short or no sound."""
-    if len(wave_S) < MIN_SAMPLES:
-        raise BadSample(f"{what} is too short: {len(wave_S)} samples at 16 kHz, at least {MIN_SAMPLES} needed")
+def check_wave(wave_S: np.ndarray, what: str, rate: int = SAMPLE_RATE) -> None:
+    """Raise BadSample for a clip at `rate` that is too short or no sound."""
+    least = MIN_SAMPLES * rate // SAMPLE_RATE
+    if len(wave_S) < least:
+        raise BadSample(f"{what} is too short: {len(wave_S)} samples at {rate / 1000:g} kHz, at least {least} needed")
     peak = max(float(wave_S.max()), -float(wave_S.min()))  # abs() would copy it
     if not math.isfinite(peak):
         raise BadSample(f"{what} contains NaN or infinite samples")
@@ -94,14 +98,14 @@ def check_wave(wave_S: np.ndarray, what: str) -> None:
 
 
 def resample(
-    blocks: Iterable[np.ndarray], rate: int, max_frames: int, expected: int, what: str
+    blocks: Iterable[np.ndarray], rate: int, max_frames: int, expected: int, what: str, target: int = SAMPLE_RATE
 ) -> tuple[np.ndarray, int]:
-    """Blocks float32 [B] at `rate` -> float32 [S] at 16 kHz, and how many samples came. Raises BadSample past the most.
+    """Blocks float32 [B] at `rate` -> float32 [S] at `target`, and how many samples came; BadSample past the most.
 
     `expected` samples at `rate` only save memory: room is taken once where they are right, and grows where not.
     """
-    stream = None if rate == SAMPLE_RATE else soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32")
-    wave_S, filled, frames = np.empty(resampled_length(min(expected, max_frames), rate) + 64, np.float32), 0, 0
+    stream = None if rate == target else soxr.ResampleStream(rate, target, 1, dtype="float32")
+    wave_S, filled, frames = np.empty(resampled_length(min(expected, max_frames), rate, target) + 64, np.float32), 0, 0
 
     def keep(piece_B: np.ndarray) -> None:
         nonlocal filled
@@ -118,16 +122,16 @@ def resample(
         keep(block_B if stream is None else stream.resample_chunk(block_B))
     if stream is not None:
         keep(stream.resample_chunk(np.zeros(0, np.float32), last=True))
-    length = resampled_length(frames, rate)  # a resampler's own length may differ by a few samples
+    length = resampled_length(frames, rate, target)  # a resampler's own length may differ by a few samples
     if length > filled:
         keep(np.zeros(length - filled, np.float32))
     wave_S.resize(length, refcheck=False)
     return wave_S, frames
 
 
-def resampled_length(num_frames: int, rate: int) -> int:
-    """Samples at 16 kHz of a clip of `num_frames` at `rate`: exact integer rounding, half up."""
-    return (2 * num_frames * SAMPLE_RATE + rate) // (2 * rate)
+def resampled_length(num_frames: int, rate: int, target: int = SAMPLE_RATE) -> int:
+    """Samples at `target` of a clip of `num_frames` at `rate`: exact integer rounding, half up."""
+    return (2 * num_frames * target + rate) // (2 * rate)
 
 
 def change_speed(wave_S: np.ndarray, factor: float) -> np.ndarray:
@@ -186,25 +190,25 @@ def _claimed_by_mpeg(payload: bytes) -> tuple[int, int]:
     return frames * (1152 if newest else 576), 1152 if newest else 576
 
 
-def _by_ffmpeg(payload: bytes, demuxer: str, limits: Limits) -> np.ndarray:
+def _by_ffmpeg(payload: bytes, demuxer: str, limits: Limits, rate: int) -> np.ndarray:
     with opened(payload, demuxer, "audio", limits) as container:
         sound = open_sound(container, "audio", limits)
         if sound is None:
             raise BadSample("audio has no sound stream")
         most = min(limits.max_frames, int(limits.max_seconds * sound.rate))
-        wave_S, frames = resample(sound.blocks, sound.rate, most, sound.claimed or 0, "audio")
+        wave_S, frames = resample(sound.blocks, sound.rate, most, sound.claimed or 0, "audio", rate)
     if sound.claimed and frames < 0.98 * sound.claimed - sound.rate / 2:  # claims are rounded, and count padding
         raise BadSample(f"audio is cut short: {frames} of the {sound.claimed} samples that its header claims")
     return wave_S
 
 
-def _by_sndfile(payload: bytes, limits: Limits) -> np.ndarray:
+def _by_sndfile(payload: bytes, limits: Limits, rate: int) -> np.ndarray:
     try:
         with _Forward(io.BytesIO(payload)) as clip:
             claimed = _claimed_frames(clip, payload)
             _check_claims(clip.samplerate, clip.channels, claimed, limits)
             most = min(limits.max_frames, int(limits.max_seconds * clip.samplerate))
-            wave_S, frames = resample(_mono_blocks(clip), clip.samplerate, most, claimed or 0, "audio")
+            wave_S, frames = resample(_mono_blocks(clip), clip.samplerate, most, claimed or 0, "audio", rate)
             exact = clip.format in ("WAV", "WAVEX", "RF64", "FLAC")  # lengths of mp3 and ogg may be estimates
     except soundfile.LibsndfileError as error:
         raise BadSample(f"audio cannot be decoded: {error.error_string}") from error

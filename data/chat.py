@@ -6,7 +6,7 @@
 
 Neighbouring text is tokenised in one piece, as transformers' apply_chat_template does, except right after
 "assistant\\n", where generation starts: there training cuts as well, so a prompt's ids are always a prefix of the
-training ids. A document is cut where its loss goes on or off.
+training ids. A document is cut where its loss goes on or off. Speech of an answer leaves no trace.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from data.errors import BadSample
 from data.layout import WRAP
-from data.sample import Medium, SampleRecord, all_parts, medium_of, parts_of
+from data.sample import Medium, SampleRecord, all_parts, medium_of, parts_of, text_of
 from data.tokenizer import ENDOFTEXT, IM_END, IM_START, Tokenizer
 
 
@@ -76,7 +76,7 @@ def answer_text(record: SampleRecord) -> str:
     """Text of the last turn, the reference of an evaluation. Raises BadSample if it is not the assistant's."""
     if not record.messages or record.messages[-1]["role"] != "assistant":
         raise BadSample("its last turn is not the assistant's: there is nothing to compare with")
-    return "".join(part["text"] for part in parts_of(record.messages[-1]["content"]))
+    return text_of(record.messages[-1]["content"])
 
 
 def rendered_texts(record: SampleRecord) -> list[str]:
@@ -103,6 +103,8 @@ def _render_turn(message: Any, learn: bool, tokenizer: Tokenizer, pieces: list[R
     for part in parts_of(message["content"]):
         if part["type"] == "text":
             text += part["text"]
+            continue
+        if part["type"] == "speech":  # the Talker's; the text before and after it stays one piece
             continue
         _last(pieces).extend(tokenizer.encode(text), learn)
         pieces += [medium_of(part), Run([], [])]

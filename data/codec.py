@@ -10,6 +10,7 @@ Letters: S samples, G codebooks, T frames.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
@@ -53,3 +54,10 @@ class Codec(Protocol):
     def decode(self, codes_GT: Tensor) -> Tensor:
         """Codes int64 [G, T] -> waveform float32 [S]. Raises BadSample for codes outside the codebooks."""
         ...
+
+
+def open_codec(folder: str | Path, levels: int | None = None, device: str = "cpu") -> Codec:
+    """The codec in a local folder. Raises DataError where it holds none, or a damaged one."""
+    from data.mimi import Mimi
+
+    return Mimi(Path(folder), device)

@@ -6,7 +6,8 @@
     python -m data.index SHARDS... tokenizer=FOLDER [workers=N]     # skips shards whose index is still good
 
 A sample that cannot be used (no .json, undecodable or empty audio, ...) is left out of the index, and the index
-says why; a tar that cannot be trusted (truncated, damaged, links, paths that leave it) is refused as a whole.
+says why; a tar that cannot be trusted (truncated, damaged, links, paths that leave it) is refused as a whole. The
+speech of an answer has its place and crc32 in the index and is not decoded: that is for data.codes.
 Cost: the decoding of all audio, sound and images once, one process for each shard in work; of a video one frame.
 """
 
@@ -36,7 +37,7 @@ from data.costs import AUDIO, FILM, IMAGE, KINDS, VIDEO
 from data.document import MediaLimits
 from data.errors import BadSample, DataError
 from data.interrupts import uninterrupted
-from data.sample import MAX_JSON_BYTES, Medium, SampleRecord, media_of, parse_sample
+from data.sample import MAX_JSON_BYTES, Medium, SampleRecord, media_of, parse_sample, speech_of
 from data.shard_index import ShardIndex, header_digest, headers, save_index
 from data.tar import BLOCK, TarMember, group_samples, read_members, read_range
 from data.tokenizer import Tokenizer, load_tokenizer
@@ -132,10 +133,11 @@ def _measure(fd: int, key: str, members: dict[str, TarMember], tokenizer: Tokeni
         raise BadSample(f"its .json has {members['json'].size} bytes, the limit is {MAX_JSON_BYTES}")
     payload = read_range(fd, members["json"].start, members["json"].size)
     record = parse_sample(key, payload)
-    media = media_of(record)
+    media, speech = media_of(record), speech_of(record)
     used = [(members["json"], crc32(payload))]
     sizes: dict[Medium, Size] = {}
-    for extension in dict.fromkeys(medium.extension for medium in media):
+    named = [medium.extension for medium in media] + ([speech.extension] if speech else [])
+    for extension in dict.fromkeys(named):
         member = members.get(extension)
         if member is None:
             raise BadSample(f"its .json names .{extension}, which is not there")

@@ -180,8 +180,12 @@ def _sample(corpus: Corpus, survey: Survey, sample: int, budget: _Budget) -> str
         for part in parts[:left]:
             if part["type"] == "text":
                 content.append(_part_text(part["text"], learned and part.get("loss", True), budget.limits.letters))
+            elif part["type"] == "speech":
+                content.append(_speech(corpus, sample, part, budget))
             else:
-                content.append(_medium(record, part, captions[number], budget))
+                medium = medium_of(part)
+                payload = record.media[medium.extension]
+                content.append(_medium(record.key, medium.kind, medium.extension, payload, captions[number], budget))
                 number += 1
         left -= len(parts[:left])
         body.append(f"<div class=turn><div class=role>{role}</div><div class=content>{''.join(content)}</div></div>")
@@ -223,23 +227,32 @@ def _part_text(text: str, learned: bool, letters: int) -> str:
     return f'<div dir=auto><span class="text{" learned" * learned}">{_text(text[:letters])}</span>{more}</div>'
 
 
-def _medium(record: SampleRecord, part: Part, caption: str, budget: _Budget) -> str:
-    medium = medium_of(part)
-    payload = record.media[medium.extension]
-    mime, problem = media_type(payload, medium.kind)
-    caption = f"{medium.kind} .{medium.extension}, {human_bytes(len(payload))}, {caption}"
+def _speech(corpus: Corpus, sample: int, part: Part, budget: _Budget) -> str:
+    """The recording of an answer, which no token stands for."""
+    shard, row = corpus.locate(sample)
+    try:
+        payload = corpus.index(shard).read_speech(row)[part["speech"]]
+    except (BadSample, KeyError) as error:
+        return f"<p class=left>its speech cannot be read: {_text(str(error))}</p>"
+    caption = f"what the Talker learns to say, speaker: {part.get('speaker') or '(unknown)'}"
+    return _medium(corpus.name(sample), "audio", part["speech"], payload, caption, budget)
+
+
+def _medium(key: str, kind: str, extension: str, payload: bytes, caption: str, budget: _Budget) -> str:
+    mime, problem = media_type(payload, kind)
+    caption = f"{kind} .{extension}, {human_bytes(len(payload))}, {caption}"
     if refusal := budget.refusal(len(payload)):
         return (
             f"<figure><figcaption>{_text(caption)} <span class=left>not shown: {refusal}</span></figcaption></figure>"
         )
     uri = _uri("application/octet-stream" if problem else mime, payload)
     if problem:
-        name = f"{record.key.rpartition(':')[2]}.{medium.extension}"
+        name = f"{key.rpartition(':')[2]}.{extension}"
         shown = f'<a download="{_text(name)}" href="{uri}">save it</a> <span class=left>({_text(problem)})</span>'
-    elif medium.kind == "image":
+    elif kind == "image":
         shown = f'<img class=medium alt="image" src="{uri}">'
     else:
-        shown = f'<{medium.kind} controls preload=metadata src="{uri}"></{medium.kind}>'
+        shown = f'<{kind} controls preload=metadata src="{uri}"></{kind}>'
     return f"<figure>{shown}<figcaption>{_text(caption)}</figcaption></figure>"
 
 

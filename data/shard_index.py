@@ -14,7 +14,8 @@ import hashlib
 import json
 import mmap
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from safetensors.numpy import save
 from data.costs import FILM, KINDS, Costs
 from data.errors import BadSample, DataError
 from data.files import write_atomically
+from data.sample import SPEECH
 from data.store import Missing, Store, StoreSettings
 from data.tar import BLOCK
 
@@ -106,7 +108,7 @@ class ShardIndex:
         self.about = about
         self.columns = columns
         # looking up one sample in a memoryview takes half the time that it takes in an array
-        self._views = {name: memoryview(columns[name]) for name in _LOOKED_UP if name in columns}
+        self._views = {name: columns[name].data for name in _LOOKED_UP if name in columns}
         self.num_samples = len(columns.get("text_tokens", ()))
         self._store = store or Store(StoreSettings(cache_gb=0))
 
@@ -116,7 +118,7 @@ class ShardIndex:
         store = store or Store(StoreSettings(cache_gb=0))
         path = index_location(str(tar))
         try:
-            columns, metadata = _mapped(store.local_copy(path))
+            columns, metadata = mapped(store.local_copy(path))
             about = json.loads(metadata.get("omniloom", "{}"))
         except (Missing, FileNotFoundError):
             raise DataError(f"{tar}: has no index; make it with: python -m data.index {tar} tokenizer=FOLDER") from None
@@ -201,16 +203,40 @@ class ShardIndex:
         """The sample's name of a `kind`: "language" or "source"."""
         return self._decode(f"{kind}s", self.columns[kind][row])
 
-    def read(self, row: int, max_bytes: int = 1 << 30) -> dict[str, bytes]:
-        """Bytes of sample `row`'s members by extension, checked against their crc32.
+    @cached_property
+    def _speech(self) -> frozenset[int]:
+        """Codes of the extensions of speech."""
+        return frozenset(code for code, name in enumerate(self.about["extensions"]) if name.startswith(SPEECH))
+
+    def speech_rows(self) -> np.ndarray:
+        """int64: samples with speech, in order."""
+        places = np.flatnonzero(np.isin(self.columns["member_extension"], list(self._speech)))
+        return np.unique(np.searchsorted(self.columns["member_offsets"], places, side="right") - 1)
+
+    def read(self, row: int, max_bytes: int = 1 << 30, *, speech: bool = False) -> dict[str, bytes]:
+        """Bytes of sample `row`'s members by extension, checked against their crc32; speech only where asked for.
 
         Raises BadSample for bytes that are missing, too many or changed.
         """
+        if not self._speech or speech:
+            return self._read(row, max_bytes)
+        return self._read(row, max_bytes, lambda code: code not in self._speech)
+
+    def read_speech(self, row: int, max_bytes: int = 1 << 30) -> dict[str, bytes]:
+        """As `read`, but the .json and the speech alone: what the Thinker hears and sees stays unread."""
+        extensions = self.about["extensions"]
+        return self._read(row, max_bytes, lambda code: code in self._speech or extensions[code] == "json")
+
+    def _read(self, row: int, max_bytes: int, wants: Callable[[int], bool] | None = None) -> dict[str, bytes]:
+        """The members of a sample whose code of an extension is wanted."""
         views = self._views
         first, last = views["member_offsets"][row : row + 2]
         starts, sizes = views["member_start"][first:last].tolist(), views["member_size"][first:last].tolist()
         codes, sums = views["member_extension"][first:last].tolist(), views["member_crc"][first:last].tolist()
         extensions = self.about["extensions"]
+        if wants is not None:
+            kept = [place for place, code in enumerate(codes) if code >= len(extensions) or wants(code)]
+            starts, sizes, codes, sums = ([column[place] for place in kept] for column in (starts, sizes, codes, sums))
         for code, start, size in zip(codes, starts, sizes, strict=True):  # min and max would take as long as a read
             if code >= len(extensions):
                 raise self._damaged(f"code {code} is not among its extensions")
@@ -257,7 +283,7 @@ def save_index(tar: Path, about: Mapping[str, Any], columns: Mapping[str, Any]) 
     write_atomically(index_path(tar), save(arrays, metadata=metadata))
 
 
-def _mapped(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+def mapped(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Columns and metadata of a safetensors file, mapped; its own reader takes 40 us for each column."""
     with safetensors.safe_open(path, "np") as file:  # checks that header and file agree
         metadata = file.metadata() or {}
