@@ -15,6 +15,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from data.errors import DataError
+
 
 class Codec(Protocol):
     """A codec of one utterance at a time. Codes of joined utterances are not their codes joined."""
@@ -57,7 +59,24 @@ class Codec(Protocol):
 
 
 def open_codec(folder: str | Path, levels: int | None = None, device: str = "cpu") -> Codec:
-    """The codec in a local folder. Raises DataError where it holds none, or a damaged one."""
-    from data.mimi import Mimi
+    """The codec in a local folder: Mimi (config.json) or one of `python -m data.fit_codec` (codec.json).
 
-    return Mimi(Path(folder), device)
+    `levels`: decode the first so many codebooks only, which the fitted codec can. `device` is Mimi's; the fitted one
+    runs on the CPU. Raises DataError, saying what is expected, for a folder that holds neither, and as the codecs do
+    for one that is damaged.
+    """
+    folder = Path(folder)
+    if (folder / "codec.json").is_file():
+        from data.kmeans_codec import KMeansCodec  # only now: who decodes with one codec need not load both
+
+        return KMeansCodec(folder, levels)
+    if (folder / "config.json").is_file():
+        from data.mimi import Mimi
+
+        codec = Mimi(folder, device)
+        if levels not in (None, codec.num_codebooks):
+            raise DataError(f"levels={levels}: Mimi in {folder} decodes all {codec.num_codebooks} codebooks or none")
+        return codec
+    raise DataError(
+        f"{folder} holds no codec: expected codec.json, as python -m data.fit_codec writes it, or Mimi's config.json"
+    )
