@@ -74,14 +74,7 @@ class DataConfig:
             raise DataError(f'data.too_long={self.too_long}: must be "error", "drop" or "split"')
         if not self.speeds or not all(0.5 <= speed <= 2.0 for speed in self.speeds):
             raise DataError(f"data.speeds={list(self.speeds)}: must be one or more factors between 0.5 and 2")
-        for name, group in {"data.image": self.image, "data.video": self.video}.items():
-            for key, value in asdict(group).items():
-                if not 0 < value < math.inf:
-                    raise DataError(f"{name}.{key}={value}: must be above 0")
-            if group.min_pixels > group.max_pixels:
-                raise DataError(f"{name}.min_pixels={group.min_pixels}: must be at most {name}.max_pixels")
-        if self.video.min_frames > self.video.max_frames:
-            raise DataError(f"data.video.min_frames={self.video.min_frames}: must be at most data.video.max_frames")
+        check_sizes(self.image, self.video)
         if self.mixture is not None:
             self.mixture.validate()
         self.store.validate()
@@ -89,3 +82,15 @@ class DataConfig:
             raise DataError("data.shards is empty: name at least one shard (a path or a glob pattern)")
         if not self.tokenizer or self.tokenizer == MISSING:
             raise DataError("data.tokenizer is not set: name the folder that holds tokenizer.json")
+
+
+def check_sizes(image: ImageLimits, video: Sampling) -> None:
+    """Raise DataError naming the first setting of images and videos that cannot be used."""
+    for name, group in {"data.image": image, "data.video": video}.items():
+        for key, value in asdict(group).items():
+            if not 0 < value < math.inf:
+                raise DataError(f"{name}.{key}={value}: must be above 0")
+        if group.min_pixels > group.max_pixels:
+            raise DataError(f"{name}.min_pixels={group.min_pixels}: must be at most {name}.max_pixels")
+    if video.min_frames > video.max_frames:
+        raise DataError(f"data.video.min_frames={video.min_frames}: must be at most data.video.max_frames")

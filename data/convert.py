@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from data.sources_files import labelled_clips, texts
 from data.sources_lhotse import lhotse
 from data.sources_lines import LineSource
 from data.sources_speech import Nemo, kaldi
+from data.terminal import ended, say
 from data.tokenizer import load_tokenizer
 
 KINDS = {
@@ -147,10 +149,9 @@ def _add_common(kind: argparse.ArgumentParser) -> None:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be 1 or more")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be a whole number, 1 or more")
+    return int(text)
 
 
 def _plan(options: argparse.Namespace, fingerprint: str) -> dict[str, Any]:
@@ -165,29 +166,27 @@ def _plan(options: argparse.Namespace, fingerprint: str) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status: 0, or 2 after one line on what is wrong, or 130 after Ctrl-C."""
     options = parse_options(arguments)
-    try:
-        tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else None
-        summary = convert(
-            read_source(options),
-            options.out,
-            _plan(options, tokenizer.fingerprint if tokenizer else "trained"),
-            tokenizer=tokenizer,
-            vocab_size=options.vocab_size,
-            samples_per_shard=options.samples_per_shard,
-            max_bytes=options.shard_mb * 1_000_000,
-            workers=options.workers,
-            dry=options.dry_run,
-        )
-        print("\n".join(summary.lines()))
-        if not summary.total.samples:
-            raise DataError(f"{options.source}: nothing to convert; {summary.first_left_out()}")
-    except (DataError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped: the same command goes on where it stopped", file=sys.stderr)
-        return 130
-    return 0
+    return ended(partial(_convert_and_tell, options), "\nstopped: the same command goes on where it stopped")
+
+
+def _convert_and_tell(options: argparse.Namespace) -> None:
+    if options.out.exists() and not options.out.is_dir():
+        raise DataError(f"{options.out}: is a file; name a folder to write to")
+    tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else None
+    summary = convert(
+        read_source(options),
+        options.out,
+        _plan(options, tokenizer.fingerprint if tokenizer else "trained"),
+        tokenizer=tokenizer,
+        vocab_size=options.vocab_size,
+        samples_per_shard=options.samples_per_shard,
+        max_bytes=options.shard_mb * 1_000_000,
+        workers=options.workers,
+        dry=options.dry_run,
+    )
+    say("\n".join(summary.lines()))
+    if not summary.total.samples:
+        raise DataError(f"{options.source}: nothing to convert; {summary.first_left_out()}")
 
 
 if __name__ == "__main__":

@@ -284,7 +284,9 @@ def _hub_splits(name: str) -> dict[str, ParquetTables]:
             files = sorted(str(file) for file in hub.glob(f"{home}/**/*.parquet"))
             if files:
                 return {split: ParquetTables(found, hub) for split, found in _by_split(files, home).items()}
-    except (OSError, ValueError) as error:
+    except DataError:
+        raise
+    except Exception as error:  # the hub's client lets through the errors of whichever HTTP library it is built on
         raise DataError(f"{name}: cannot be read from the hub: {str(error)[:200]}") from None
     raise DataError(f"{name}: has no Parquet files on the hub, and the hub made none of it")
 

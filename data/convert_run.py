@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import itertools
 import os
-import signal
 import threading
 from collections.abc import Container, Generator, Mapping, Sequence
 from contextlib import closing
-from multiprocessing import get_context, parent_process
+from multiprocessing import parent_process
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from data.convert_jobs import Job, Outcome, Work
 from data.convert_journal import Journal
 from data.convert_report import Summary
 from data.errors import DataError
+from data.interrupts import deaf_workers
 from data.sources import Item, Source
 from data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
@@ -128,8 +128,7 @@ def _run(work: Work, jobs: Sequence[Job], workers: int, done: Container[tuple[st
 
 def _in_parallel(work: Work, jobs: Sequence[Job], workers: int) -> Generator[Outcome]:
     """Outcomes as they come from `workers` processes, which end when this generator does."""
-    context = get_context("forkserver")  # forking a process that has threads can deadlock
-    context.set_forkserver_preload(["__main__", "data.convert_jobs"])
+    context = deaf_workers("data.convert_jobs")
     processes, busy, waiting = [], [], iter(jobs)
     try:
         for job in itertools.islice(waiting, workers):
@@ -167,7 +166,6 @@ def _in_parallel(work: Work, jobs: Sequence[Job], workers: int) -> Generator[Out
 
 def _serve(work: Work, pipe: Connection) -> None:
     """A worker process: job after job, until the parent closes the pipe or ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C and ends its workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
     while True:
         try:

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import signal
 import sys
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
@@ -26,7 +25,6 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, replace
 from itertools import chain, islice
-from multiprocessing import get_context
 from pathlib import Path
 
 from tqdm import tqdm
@@ -38,9 +36,10 @@ from data.demo_tasks import TASKS
 from data.demo_words import LANGUAGES
 from data.errors import DataError
 from data.espeak import Synthesizer
-from data.interrupts import uninterrupted
+from data.interrupts import deaf_workers, uninterrupted
 from data.sample import SampleRecord
 from data.shards import write_shards
+from data.terminal import ended, say
 from data.tokenizer import train_tokenizer
 
 TRANSCRIPTION = Settings(4000, languages=("en", "de", "fr", "ru", "zh"), vocab_size=640, tasks=("transcription",))
@@ -57,15 +56,17 @@ def make_corpus(folder: Path, settings: Settings, workers: int = 1, quiet: bool 
         made = json.loads(stamp.read_text(encoding="utf-8"))
         if made.get("settings") == json.loads(json.dumps(asdict(settings))):
             return made["samples"]
-    if folder.exists():
+    settings.check()
+    if folder.exists() or folder.is_symlink():
         raise DataError(f"{folder}: exists and holds something else; delete it or choose another folder")
-    splits = plan(settings)
-    texts = chain.from_iterable(rendered_texts(planned.record) for planned in splits["train"])
-    tokenizer = train_tokenizer(texts, settings.vocab_size)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     counts = {}
     try:
+        partial.mkdir(parents=True)  # where it cannot be written, that is known before anything is made
+        splits = plan(settings)
+        texts = chain.from_iterable(rendered_texts(planned.record) for planned in splits["train"])
+        tokenizer = train_tokenizer(texts, settings.vocab_size)
         with tqdm(total=sum(map(len, splits.values())), unit=" samples", disable=quiet) as bar:
             for split, planned in splits.items():
                 bar.set_description(split)
@@ -96,10 +97,7 @@ def _in_turn(chunks: Sequence[Sequence[Planned]], seed: int, workers: int) -> It
     if workers <= 1:
         yield from (_render_chunk(chunk, seed) for chunk in chunks)
         return
-    context = get_context("forkserver")  # forking a process that has threads can deadlock
-    context.set_forkserver_preload(["__main__", "data.demo_render"])
-    interrupts = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the workers too; this process ends them
-    with ProcessPoolExecutor(workers, context, signal.signal, interrupts) as pool:
+    with ProcessPoolExecutor(workers, deaf_workers("data.demo_render")) as pool:
         waiting = iter(chunks)
         ahead = deque(pool.submit(_render_chunk, chunk, seed) for chunk in islice(waiting, 2 * workers))
         try:
@@ -146,19 +144,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=1, help="processes; they change no result")
     parser.add_argument("--vocab-size", type=int, help="of the tokenizer: 4096, of transcription alone 640")
     options = parser.parse_args(arguments)
-    try:
-        settings = parse_settings(options)
-        counts = make_corpus(options.folder, settings, options.workers)
-    except (DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
-        return 130
+    return ended(lambda: _make_and_tell(options), "interrupted: nothing was written")
+
+
+def _make_and_tell(options: argparse.Namespace) -> None:
+    settings = parse_settings(options)
+    if options.workers < 1:
+        raise DataError(f"--workers {options.workers}: must be at least 1")
+    counts = make_corpus(options.folder, settings, options.workers)
     size = sum(path.stat().st_size for path in options.folder.rglob("*") if path.is_file())
-    print(f"{options.folder}: " + ", ".join(f"{count} samples in {split}" for split, count in counts.items()))
-    print(f"{len(settings.languages)} languages, {len(settings.tasks)} tasks, {size / 1e6:.0f} MB")
-    return 0
+    say(f"{options.folder}: " + ", ".join(f"{count} samples in {split}" for split, count in counts.items()))
+    say(f"{len(settings.languages)} languages, {len(settings.tasks)} tasks, {size / 1e6:.0f} MB")
 
 
 if __name__ == "__main__":

@@ -43,14 +43,22 @@ class Settings:
                 raise DataError(f"{option} {','.join(given)}: unknown; known are {', '.join(known)}")
             if len(set(given)) < len(given):
                 raise DataError(f"{option} {','.join(given)}: names one twice")
-        if self.samples < max(len(self.languages), len(self.tasks)):
-            raise DataError(f"--samples {self.samples}: a language and a task need one sample at least")
+        languages, tasks = len(self.languages), sum(map(self.least, self.tasks))
+        if self.samples < max(languages, tasks):
+            why = f"one for each of {languages} languages" if languages >= tasks else "one for each task"
+            if "transcription" in self.tasks and len(self.tasks) > 1:
+                why = f"transcription takes one for each of {languages} languages, each other task one"
+            raise DataError(f"--samples {self.samples}: must be at least {max(languages, tasks)}: {why}")
         if self.heldout < 1:
             raise DataError(f"--heldout {self.heldout}: must be at least 1")
         if "text" in self.tasks and "en" not in self.languages:
             raise DataError("--tasks text is in English: add en to --languages, or leave text out")
         if "translation" in self.tasks and len(self.languages) < 2:
             raise DataError("--tasks translation: needs two languages at least")
+
+    def least(self, task: str) -> int:
+        """Samples that a task needs."""
+        return len(self.languages) if task == "transcription" else 1
 
 
 @dataclass(frozen=True)
@@ -80,14 +88,13 @@ def plan(settings: Settings) -> dict[str, list[Planned]]:
 
 
 def _counts(settings: Settings) -> dict[str, int]:
-    """Training samples of each task: shares rounded, a sample at least, together as many as asked."""
+    """Training samples of each task: shares rounded, what it needs at least, together as many as asked."""
     total = sum(TASKS[task].share for task in settings.tasks)
     counts, left, share_left = {}, settings.samples, total
     for place, task in enumerate(settings.tasks):
-        waiting = len(settings.tasks) - place - 1
-        count = min(max(round(left * TASKS[task].share / share_left), 1), left - waiting)
-        least = len(settings.languages) if task == "transcription" else 1
-        counts[task] = max(count, min(least, left - waiting))
+        waiting = sum(map(settings.least, settings.tasks[place + 1 :]))
+        count = round(left * TASKS[task].share / share_left)
+        counts[task] = min(max(count, settings.least(task)), left - waiting)
         left, share_left = left - counts[task], share_left - TASKS[task].share
     return counts
 

@@ -124,6 +124,9 @@ def _expand_glob(text: str, list_remote: Callable[[str], Sequence[str]]) -> Sequ
         if glob.has_magic(text.partition("://")[2].partition("/")[2]):  # [::1] as a server is none
             raise DataError(f'data.shards: "{text}": http cannot list files; write a range such as x-{{000..099}}.tar')
         return [text]
+    if not is_remote(text) and os.path.isdir(text):
+        inside = os.path.join(text, "*.tar")
+        raise DataError(f'data.shards: "{text}" is a folder; name its shards, for instance "{inside}"')
     if not glob.has_magic(text) or (not is_remote(text) and os.path.exists(text)):
         return [text]
     found = sorted(list_remote(text) if is_remote(text) else glob.glob(text, recursive=True))

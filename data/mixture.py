@@ -103,18 +103,23 @@ def groups_of(index: ShardIndex) -> list[tuple[GroupName, tuple[int, int], int]]
         raise DataError(f"{index.tar}: its index has damaged groups; run python -m data.index again") from None
 
 
-def select(groups: Sequence[Group], mixture: Mixture) -> tuple[list[Group], dict[str, int]]:
-    """The groups that take part, and samples left out by source. Raises DataError for names that do not fit."""
+def select(
+    groups: Sequence[Group], mixture: Mixture, setting: str = "data.mixture"
+) -> tuple[list[Group], dict[str, int]]:
+    """The groups that take part, and samples left out by source.
+
+    Raises DataError for names that do not fit; `setting` is what the mixture is called in it.
+    """
     sources = sorted({group.name[0] for group in groups})
     languages = sorted({group.name[1] for group in groups})
     for key, known in (("weights", sources), ("epochs", sources), ("caps", sources), ("languages", languages)):
         for name in getattr(mixture, key):
             if name not in known:
-                raise DataError(f'data.mixture.{key}: no sample is of "{name}"{_nearest(name, known)}')
+                raise DataError(f'{setting}.{key}: no sample is of "{name}"{_nearest(name, known)}')
     missing = [source for source in sources if source not in mixture.weights] if mixture.weights else []
     if missing:
         raise DataError(
-            f'data.mixture.weights: source "{missing[0]}" has none (of {len(missing)} such); 0 leaves a source out'
+            f'{setting}.weights: source "{missing[0]}" has none (of {len(missing)} such); 0 leaves a source out'
         )
     kept, left_out = [], Counter()
     for group in groups:
@@ -124,17 +129,20 @@ def select(groups: Sequence[Group], mixture: Mixture) -> tuple[list[Group], dict
         else:
             left_out[source] += group.num_samples
     if not kept:
-        raise DataError("data.mixture leaves out every sample; raise a weight or a factor of a language")
+        raise DataError(f"{setting} leaves out every sample; raise a weight or a factor of a language")
     return kept, dict(left_out)
 
 
 class Shares:
     """Shares of groups, and how far each may go.
 
-    `tokens_G` are the tokens of all samples of each group. Raises DataError for a source that cannot give its share.
+    `tokens_G` are the tokens of all samples of each group. Raises DataError for a source that cannot give its share;
+    `setting` is what the mixture is called in it.
     """
 
-    def __init__(self, groups: Sequence[Group], mixture: Mixture, tokens_G: Sequence[int]) -> None:
+    def __init__(
+        self, groups: Sequence[Group], mixture: Mixture, tokens_G: Sequence[int], setting: str = "data.mixture"
+    ) -> None:
         self.sources = [group.name[0] for group in groups]
         by_source: dict[str, int] = defaultdict(int)
         for source, tokens in zip(self.sources, tokens_G, strict=True):
@@ -142,8 +150,8 @@ class Shares:
         for source, tokens in by_source.items():
             if not tokens and mixture.weights:
                 raise DataError(
-                    f'data.mixture: every sample of source "{source}" is too long; raise data.sequence_length or set '
-                    f"data.mixture.weights.{source}=0"
+                    f'{setting}: every sample of source "{source}" is too long; raise data.sequence_length or set '
+                    f"{setting}.weights.{source}=0"
                 )
         most, heaviest = max(by_source.values()), max(mixture.weights.values(), default=1.0)
         self._weights = {source: weight / heaviest for source, weight in mixture.weights.items()} or {
@@ -156,9 +164,7 @@ class Shares:
         ]
         for group, tokens, share in zip(groups, tokens_G, self.of([True] * len(groups)), strict=True):
             if tokens and not share > 0:
-                raise DataError(
-                    f"data.mixture: the share of {'/'.join(group.name)} is too small to count; leave it out"
-                )
+                raise DataError(f"{setting}: the share of {'/'.join(group.name)} is too small to count; leave it out")
         self.asked = [share > 0 for share in self.of([True] * len(groups))]
         self.caps = {source: mixture.caps.get(source, math.inf) for source in by_source}
         epochs = {source: mixture.epochs.get(source, math.inf) for source in by_source}

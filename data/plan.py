@@ -108,19 +108,27 @@ class Plan:
     """Steps of training. Making one is cheap: the corpus is looked at when the first step, or `dropped`, is asked."""
 
     def __init__(
-        self, corpus: Corpus, settings: PlanSettings, *, seed: int, sizing: Sizing, work: Work | None = None
+        self,
+        corpus: Corpus,
+        settings: PlanSettings,
+        *,
+        seed: int,
+        sizing: Sizing,
+        work: Work | None = None,
+        mixture: str = "data.mixture",
     ) -> None:
-        """Raise DataError for a mixture that names what the corpus has not."""
+        """Raise DataError for a mixture that names what the corpus has not; `mixture` is what errors call it."""
         self.corpus = corpus
         self.settings = settings
         self.seed = seed
         self.sizing = sizing
         self._measure = Measure(settings, seed, sizing, work or Work())
+        self._setting = mixture
         self._chosen: list[Group] | None = None
         self.left_out: dict[str, int] = {}  # samples that the mixture leaves out, by source
         if settings.mixture is not None:
-            settings.mixture.validate()
-            self._chosen, self.left_out = select(find_groups(corpus), settings.mixture)
+            settings.mixture.validate(mixture)
+            self._chosen, self.left_out = select(find_groups(corpus), settings.mixture, mixture)
         self._tally: Tally | None = None
         self._marks: list[_Mark] = []  # of some windows, rising; the first may be a cursor's
         self._recent: dict[int, _Window] = {}
@@ -153,7 +161,7 @@ class Plan:
     @cached_property
     def _shares(self) -> Shares | None:
         mixture = self.settings.mixture
-        return Shares(self._chosen, mixture, self.tally.tokens) if mixture and self._chosen else None
+        return Shares(self._chosen, mixture, self.tally.tokens, self._setting) if mixture and self._chosen else None
 
     @cached_property
     def _order(self) -> EvenOrder | MixedOrder:
@@ -211,7 +219,7 @@ class Plan:
             self._before(packs)
         elif 2 * tokens / settings.sequence_length + windows + 1 < packs:  # best fit leaves packs half full at least
             about = int(tokens / settings.sequence_length / settings.sequences_per_step)
-            raise DataError(_ENDS.format(f"after about {about:,} steps, before step {stop_step:,}"))
+            raise self._end(f"after about {about:,} steps, before step {stop_step:,}")
 
     def realised(self, step: int) -> dict[GroupName, int]:
         """Tokens of each (source, language) in the steps before `step`."""
@@ -240,11 +248,10 @@ class Plan:
     def seek(self, cursor: Cursor | Mapping[str, Any]) -> None:
         """Start from a cursor, given as such or as its fields. Raises DataError where it is another plan's."""
         fields = cursor if isinstance(cursor, Mapping) else asdict(cursor)
-        if fields.get("plan") != self.fingerprint:
+        if fields.get("plan") != self.fingerprint:  # a run's own check (train.feed) comes first, and says what to do
             raise DataError(
-                "data.shards, the sequence length, batch, window, mixture, sizes of media, speeds or seed are not "
-                "those of the checkpoint, so its place in the data means nothing; go back to them, or start another "
-                "run with init=THIS_RUN"
+                "the shards and settings of the plan are not those of the checkpoint, so its place in the data means "
+                "nothing"
             )
         state, tally = ({name: _tuple(value) for name, value in fields[part].items()} for part in ("state", "tally"))
         self._tally = Tally(**tally)
@@ -271,7 +278,7 @@ class Plan:
         if number not in self._recent:
             if not any(self._order.active(mark.state)):
                 steps = mark.first_pack // self.settings.sequences_per_step
-                raise DataError(_ENDS.format(f"at step {steps:,}"))
+                raise self._end(f"at step {steps:,}")
             self._recent[number] = self._pack_window(mark)
         window = self._recent[number]
         if number >= self._marks[-1].state.window:
@@ -280,6 +287,13 @@ class Plan:
                 older = _MOST_MARKS // 2
                 self._marks = self._marks[:older:2] + self._marks[older:]
         return window
+
+    def _end(self, when: str) -> DataError:
+        """Steps are this plan's own; those of a phase with a mixture of its own begin with the phase."""
+        return DataError(
+            f"the data ends {when} of {self._setting}: every source has given its epochs or caps; stop training there, "
+            "or raise them"
+        )
 
     def _pack_window(self, mark: _Mark) -> _Window:
         rows, state = self._order.draw(mark.state)
@@ -296,9 +310,6 @@ class Plan:
         works = np.stack([self._measure.work.decoder(rows.tokens), rows.audio, rows.vision], axis=1)
         works = np.add.reduceat(works, starts[:-1]) if len(rows) else works
         return _Window(rows, starts, works, _Mark(mark.first_pack + len(starts) - 1, state))
-
-
-_ENDS = "the data ends {}: every source has given its data.mixture.epochs or caps; stop training there, or raise them"
 
 
 def _probe(sizing: Sizing) -> tuple:

@@ -34,7 +34,13 @@ class Table:
 
 def summary(survey: Survey) -> list[tuple[str, str]]:
     """(name, value) of the whole corpus."""
-    total = survey.total
+    total, patching = survey.total, survey.sizing.layout.patching
+    images, videos = _settings(survey.sizing.image, "pixels"), _settings(survey.sizing.video)
+    if patching is None:
+        images = videos = "no tokens: the model has no vision encoder"
+    else:
+        images += f", a token for {patching.factor} x {patching.factor} pixels"
+        videos += "; all is heard at its own speed"
     return [
         ("shards", f"{survey.shards:,}"),
         (
@@ -51,8 +57,8 @@ def summary(survey: Survey) -> list[tuple[str, str]]:
         ),
         ("tokens", f"{total.tokens:,}"),
         ("left out", f"{survey.left_out.total():,} samples"),
-        ("images become", f"{_settings(survey.sizing.image, 'pixels')}, for the released model's patches"),
-        ("videos become", f"{_settings(survey.sizing.video)}; all is heard at its own speed"),
+        ("images become", images),
+        ("videos become", videos),
         ("tokenizers", f"{len(survey.tokenizers)}, by which text was counted"),
     ]
 

@@ -37,6 +37,8 @@ def read_members(path: Path) -> list[TarMember]:
     """
     members = []
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise DataError(f"{path}: cannot be read: is a folder, a device or a pipe; name a tar")
         with tarfile.open(path, "r:") as tar:
             end = 0
             for info in tar:

@@ -123,7 +123,7 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
         definition = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; give a folder that holds a tokenizer.json") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(definition, dict):
         raise DataError(f"{path}: not a tokenizer, the JSON is not an object")

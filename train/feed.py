@@ -144,7 +144,8 @@ def open_feed(recipe: Recipe, tokenizer: Tokenizer, model: ThinkerConfig) -> Fee
     shared, own_steps, courses = None, 0, {}
     for span in spans(recipe):
         if span.phase.mixture is not None:
-            course = Course(make(replace(settings, mixture=span.phase.mixture)), span.start)
+            own, name = replace(settings, mixture=span.phase.mixture), f"phases.{span.name}.mixture"
+            course = Course(make(own, mixture=name), span.start)
             own_steps += span.phase.steps
         else:
             shared = shared or make(settings)

@@ -1,7 +1,10 @@
 """Every way in which shards can be wrong: one clear line at the start, or one sample left out with its reason."""
 
 import json
+import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +21,7 @@ from data.reader import Reader
 from data.sample import SampleRecord, media_of, parse_sample
 from data.shard_index import ShardIndex, index_path
 from data.shards import write_shards
+from data.tokenizer import load_tokenizer
 from data.types import Batch
 from tests.data.audio_bytes import encode, tone
 from tests.data.corpus_kit import members_of, spoken, tokenizer, write_tar, written
@@ -119,6 +123,33 @@ def test_compressed_tar_and_other_files(tmp_path: Path) -> None:
         line = refusal(lambda: build_index(path, TOKENIZER))
         assert line.startswith(f"{path}: ") and ("not a plain tar" in line or "no usable sample" in line), line
     assert refusal(lambda: build_index(tmp_path, TOKENIZER)).startswith(f"{tmp_path}: cannot be read: ")
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.tar")
+    assert "is a folder, a device or a pipe" in refusal(lambda: build_index(tmp_path / "x.tar", TOKENIZER))
+
+
+def test_a_folder_of_shards_is_told_how_to_name_them(tmp_path: Path) -> None:
+    line = refusal(lambda: Corpus.open([str(tmp_path)]))
+    assert line == f'data.shards: "{tmp_path}" is a folder; name its shards, for instance "{tmp_path}/*.tar"'
+
+
+def test_a_tokenizer_nested_too_deeply(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("[" * 100_000)
+    assert refusal(lambda: load_tokenizer(tmp_path)).startswith(f"{tmp_path}/tokenizer.json: cannot be read as JSON: ")
+
+
+def test_workers_are_deaf_to_ctrl_c_from_the_start() -> None:
+    script = (
+        "import signal\nfrom data.interrupts import deaf_workers\n"
+        "if __name__ == '__main__':\n"
+        "    before = signal.getsignal(signal.SIGINT)\n"
+        "    with deaf_workers('data.errors').Pool(1) as pool:\n"
+        "        print(pool.apply(signal.getsignal, (signal.SIGINT,)), signal.getsignal(signal.SIGINT) is before)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() in ("1 True", "Handlers.SIG_IGN True"), done.stderr
 
 
 def test_damaged_index(shard: Path) -> None:

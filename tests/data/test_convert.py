@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from data.convert import parse_names
+from data.convert import main, parse_names
 from data.convert_report import kind_of
 from data.errors import DataError
 from data.shard_index import ShardIndex
@@ -129,6 +129,20 @@ def test_wavs_errors(capsys: pytest.CaptureFixture[str], wavs: Path, tmp_path: P
     assert "nothing to convert" in fails(capsys, "wavs", tmp_path, out)
     assert "tokenizer.json: no such file" in fails(capsys, "wavs", wavs, out, "--tokenizer", tmp_path)
     assert not out.exists()
+
+
+def test_command_line_errors(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("hello")
+    assert "out: is a file; name a folder to write to" in fails(capsys, "text", tmp_path / "a.txt", _touched(tmp_path))
+    for workers in ("0", "-1", "x", "1.5"):
+        with pytest.raises(SystemExit):
+            main(["text", str(tmp_path / "a.txt"), str(tmp_path / "new"), f"--workers={workers}"])
+        assert f"argument --workers: {workers}: must be a whole number, 1 or more" in capsys.readouterr().err
+
+
+def _touched(folder: Path) -> Path:
+    (folder / "out").touch()
+    return folder / "out"
 
 
 def test_names() -> None:

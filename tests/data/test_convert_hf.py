@@ -202,3 +202,11 @@ def test_the_hub_is_read_through_its_parquet(
     printed = converts(capsys, "hf", "owner/name", tmp_path / "out", "--hub", "--text-column", "text")
     assert counts(printed) == (2, 1, 2) and "the hub made Parquet of a part of this dataset only" in printed
     assert "has no Parquet files on the hub" in fails(capsys, "hf", "owner/other", tmp_path / "o", "--hub")
+
+    def unreachable(*_: object) -> None:
+        raise RuntimeError("Name or service not known")  # its HTTP library's own error, of no common kind
+
+    monkeypatch.setattr(hub, "glob", unreachable)
+    assert "owner/name: cannot be read from the hub: Name or" in fails(
+        capsys, "hf", "owner/name", tmp_path / "p", "--hub"
+    )

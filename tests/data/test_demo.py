@@ -294,6 +294,45 @@ def test_command_line_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("changed", "least", "why"),
+    [
+        ({}, 31, "transcription takes one for each of 14 languages, each other task one"),
+        ({"tasks": ("match", "transcription")}, 15, "transcription takes one for each of 14 languages"),
+        ({"tasks": ("transcription",)}, 14, "one for each of 14 languages"),
+        ({"tasks": ("match", "choice")}, 14, "one for each of 14 languages"),
+        ({"tasks": ("match", "choice"), "languages": ("en",)}, 2, "one for each task"),
+    ],
+)
+def test_too_few_samples_are_told_how_many_it_takes(changed: dict, least: int, why: str) -> None:
+    settings = replace(Settings(heldout=1), **changed)
+    with pytest.raises(DataError, match=f"^--samples {least - 1}: must be at least {least}: {why}"):
+        plan(replace(settings, samples=least - 1))
+    made = plan(replace(settings, samples=least))["train"]
+    assert len(made) == least
+    assert {sample.record.source for sample in made} == set(settings.tasks)
+    assert {sample.record.language for sample in made} == set(settings.languages)
+
+
+def test_where_nothing_can_be_written_is_known_before_anything_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo, "plan", lambda *_: pytest.fail("the corpus was planned"))
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "link")
+    for folder, line in (
+        ("file", "file: exists and holds something else"),
+        ("file/demo", ".demo.partial: Not a directory"),
+        ("link", "link: "),
+    ):
+        assert demo.main([str(tmp_path / folder)]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and line in error and error.count("\n") == 1
+    assert demo.main([str(tmp_path / "demo"), "--workers", "0"]) == 2
+    assert capsys.readouterr().err == "error: --workers 0: must be at least 1\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]
+
+
 def test_without_the_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "espeakng_loader", None)
     with pytest.raises(DataError, match=r'pip install "omniloom\[demo\]"'):

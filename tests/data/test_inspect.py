@@ -498,6 +498,9 @@ def test_python_finds_its_own_inspect(folder: Path) -> None:
         (["shards/s0.tar", "--pack", "0"], "--pack reads text: name the tokenizer's folder with tokenizer=FOLDER"),
         (["shards/s0.tar", "--pack", "-1"], "--pack -1: must be a step, 0 or above"),
         (["shards/s0.tar", "--samples", "0"], "--samples 0: must be above 0"),
+        (["shards/s0.tar", "image.max_pixels=9"], "data.image.min_pixels=3136: must be at most data.image.max_pixels"),
+        (["shards/s0.tar", "video.max_frames=1"], "data.video.min_frames=4: must be at most data.video.max_frames"),
+        (["shards"], '"shards" is a folder; name its shards, for instance "shards/*.tar"'),
         (["shards/s0.tar", "--page", "none/x.html"], "none/x.html: there is no folder none"),
     ],
 )

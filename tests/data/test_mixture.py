@@ -151,7 +151,7 @@ def test_caps_and_epochs_are_exact(shards, sizes, data) -> None:
     assert +realised == +tokens
     assert plan.cursor(steps).first_pack <= steps
     plan.require(steps)
-    with pytest.raises(DataError, match=f"the data ends at step {steps:,}: every source has given"):
+    with pytest.raises(DataError, match=f"the data ends at step {steps:,} of data.mixture: every source has given"):
         plan.require(steps + 1)
 
 
