@@ -52,6 +52,8 @@ class DataConfig:
     """Smallest and largest number of pixels that an image is resized to, and what is refused (data/vision.py)."""
     video: Sampling = field(default_factory=Sampling)
     """Frames a second, fewest and most frames, pixels of a frame, tokens of a clip (data/video.py)."""
+    codec: str = ""
+    """Folder of the codec whose codes lie beside the shards (python -m data.codes); phases with speech need it."""
     store: StoreSettings = field(default_factory=StoreSettings)
     """Where blocks of remote shards are kept, and when a server counts as gone (data/store.py)."""
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.code_store import ShardCodes
 from data.costs import Costs
 from data.errors import DataError
 from data.shard_index import ShardIndex, index_location
@@ -34,7 +35,9 @@ class Corpus:
         offsets: np.ndarray,
         fingerprint: str,
         store: Store | None = None,
+        codec: str = "",
     ) -> None:
+        self.codec = codec  # identity of the codec whose codes are read with the samples; empty for none
         self.paths = tuple(map(str, paths))  # or addresses
         self.store = store or Store(StoreSettings(cache_gb=0))
         self.names = tuple(names)  # of the shards, as they appear in the names of samples
@@ -46,12 +49,17 @@ class Corpus:
 
     @classmethod
     def open(
-        cls, patterns: Sequence[str], tokenizer_fingerprint: str | None = None, settings: StoreSettings | None = None
+        cls,
+        patterns: Sequence[str],
+        tokenizer_fingerprint: str | None = None,
+        settings: StoreSettings | None = None,
+        codec: str = "",
     ) -> Corpus:
         """Open and check every shard that `patterns` name.
 
         Raises DataError, naming the shard, for a missing shard or index, an index that is not its tar's, and an index
-        made with another tokenizer than the one of `tokenizer_fingerprint`.
+        made with another tokenizer than the one of `tokenizer_fingerprint`. With the identity of a `codec`, also for
+        shards without codes, or with those of another codec.
         """
         store = Store(settings)
         paths = store.expand(patterns)
@@ -68,15 +76,22 @@ class Corpus:
                 )
             counts.append(index.num_samples)
             digest.update(repr((name, about["tar_size"], about["header_digest"], about["cost_digest"])).encode())
-        return cls(paths, names, np.cumsum(counts, dtype=np.int64), digest.hexdigest(), store)
+            if codec:
+                codes = ShardCodes.open(path, index, codec, store=store)
+                digest.update(codec.encode() + codes.frames(slice(None)).tobytes())
+        return cls(paths, names, np.cumsum(counts, dtype=np.int64), digest.hexdigest(), store, codec)
 
     def __reduce__(self) -> tuple:
         """Travel without open files."""
-        return Corpus, (self.paths, self.names, self.offsets, self.fingerprint, self.store)
+        return Corpus, (self.paths, self.names, self.offsets, self.fingerprint, self.store, self.codec)
 
     def index(self, shard: int) -> ShardIndex:
         """The index of a shard; the MAX_OPEN last used ones stay open."""
-        index = self._open.pop(shard, None) or ShardIndex.open(self.paths[shard], self.store)
+        index = self._open.pop(shard, None)
+        if index is None:
+            index = ShardIndex.open(self.paths[shard], self.store)
+            if self.codec:
+                index.codes = ShardCodes.open(self.paths[shard], index, self.codec, store=self.store)
         self._open[shard] = index
         if len(self._open) > MAX_OPEN:
             del self._open[next(iter(self._open))]

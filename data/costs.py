@@ -40,6 +40,7 @@ class Costs:
     frames_M: np.ndarray  # int64: frames that a video has
     seconds_M: np.ndarray  # float64: that a video lasts
     text_before_M: np.ndarray  # int64: text tokens between the medium before and this one
+    speech_N: np.ndarray | None = None  # int64: codec frames of the answer's speech, where codes are read; 0 for none
 
     @staticmethod
     def join(parts: Sequence[Costs]) -> Costs:
@@ -50,7 +51,7 @@ class Costs:
         columns = {
             column.name: np.concatenate([getattr(part, column.name) for part in parts])
             for column in fields(Costs)
-            if column.name != "owner_M"
+            if column.name != "owner_M" and getattr(parts[0], column.name) is not None
         }
         owner_M = np.concatenate([part.owner_M + start for part, start in zip(parts, starts, strict=False)])
         return Costs(owner_M=owner_M, **columns)
@@ -104,8 +105,9 @@ class Sizing:
         return Sizes(frames_M, heard_M, grid_M3, seen_M)
 
     def tokens(self, costs: Costs, sizes: Sizes) -> np.ndarray:
-        """int64 [N]: tokens of samples."""
-        return costs.text_tokens_N + costs.sum_media(sizes.tokens_M).astype(np.int64)
+        """int64 [N]: tokens of samples, and frames of speech."""
+        tokens_N = costs.text_tokens_N + costs.sum_media(sizes.tokens_M).astype(np.int64)
+        return tokens_N if costs.speech_N is None else tokens_N + costs.speech_N
 
     def _grids(self, costs: Costs) -> np.ndarray:
         """int64 [M, 3]: patches of images and videos; a kind that the model cannot take counts nothing."""

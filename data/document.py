@@ -28,7 +28,7 @@ from data.mel import HOP, NUM_MELS, log_mel
 from data.sample import Medium, SampleRecord
 from data.split import MediaSpan, Piece
 from data.tokenizer import Tokenizer
-from data.types import Batch
+from data.types import Batch, Speech
 from data.video import Sampling, VideoLimits, load_sound, load_video
 from data.vision import Grid, ImageLimits, load_image
 
@@ -61,6 +61,8 @@ class Document:
     mels_FM: Sequence[Tensor]
     pixels_PX: Sequence[Tensor]
     grids: Sequence[Grid]
+    speech: Speech | None = None
+    frames: int = 0  # of speech
 
 
 class Use(NamedTuple):
@@ -99,8 +101,12 @@ class Maker:
         return desk.document(record.key, [item if isinstance(item, Run) else desk.take(item) for item in uses])
 
 
-def join(documents: Sequence[Document], skipped: Sequence[str] = ()) -> Batch:
-    """Documents end to end as one packed sequence."""
+def join(
+    documents: Sequence[Document],
+    skipped: Sequence[str] = (),
+    join_speech: Callable[[Sequence[Speech]], Speech] | None = None,
+) -> Batch:
+    """Documents end to end as one packed sequence; `join_speech` where they are spoken."""
     if not documents:
         return Batch.empty(NUM_MELS, tuple(skipped))
     mels_FM = [mel_FM for document in documents for mel_FM in document.mels_FM]
@@ -116,6 +122,7 @@ def join(documents: Sequence[Document], skipped: Sequence[str] = ()) -> Batch:
         skipped=tuple(skipped),
         pixels_PX=torch.cat(pixels_PX) if pixels_PX else torch.empty(0, 0),
         grids=tuple(grid for document in documents for grid in document.grids),
+        speech=join_speech([document.speech for document in documents if document.speech]) if join_speech else None,
     )
 
 

@@ -16,14 +16,12 @@ from __future__ import annotations
 import glob
 import os
 import re
-import signal
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,10 +34,11 @@ from data.chat import gaps, wrap
 from data.costs import AUDIO, FILM, IMAGE, KINDS, VIDEO
 from data.document import MediaLimits
 from data.errors import BadSample, DataError
-from data.interrupts import uninterrupted
+from data.interrupts import deaf_workers, uninterrupted
 from data.sample import MAX_JSON_BYTES, Medium, SampleRecord, media_of, parse_sample, speech_of
 from data.shard_index import ShardIndex, header_digest, headers, save_index
 from data.tar import BLOCK, TarMember, group_samples, read_members, read_range
+from data.terminal import ended, say
 from data.tokenizer import Tokenizer, load_tokenizer
 from data.video import measure_video
 from data.vision import measure_image
@@ -244,10 +243,7 @@ def build_indexes(
 def _build_in_parallel(
     tars: Sequence[Path], tokenizer: Tokenizer, workers: int, limits: MediaLimits | None, bar: tqdm
 ) -> None:
-    context = get_context("forkserver")  # forking a process that has threads can deadlock
-    context.set_forkserver_preload(["__main__", "data.index"])
-    interrupts = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the workers too; this process ends them
-    with ProcessPoolExecutor(min(workers, len(tars)), context, signal.signal, interrupts) as pool:
+    with ProcessPoolExecutor(min(workers, len(tars)), deaf_workers("data.index")) as pool:
         jobs = [pool.submit(_build_quietly, tar, tokenizer, limits) for tar in tars]
         try:
             for job in as_completed(jobs):
@@ -262,34 +258,39 @@ def _build_quietly(tar: Path, tokenizer: Tokenizer, limits: MediaLimits | None) 
     build_index(tar, tokenizer, limits)  # the index itself need not travel back
 
 
+USAGE = "usage: python -m data.index SHARDS... tokenizer=FOLDER [workers=N]"
+
+
 def main(arguments: Sequence[str]) -> int:
     """The command; returns the exit status."""
+    if {"-h", "--help"} & set(arguments):
+        say(USAGE)
+        return 0
+    gone_on = "interrupted; the same command goes on with the shards that have no index yet"
+    return ended(lambda: _index(arguments), gone_on, (BrokenProcessPool,))
+
+
+def _index(arguments: Sequence[str]) -> None:
     settings = dict(argument.split("=", 1) for argument in arguments if _SETTING.match(argument))
     given = [argument for argument in arguments if not _SETTING.match(argument)]
     # a quoted pattern is expanded here: a shell's own expansion of many shards can be too long for a command line
     tars = [Path(path) for argument in given for path in sorted(glob.glob(argument)) or [argument]]
     unknown, workers = sorted(set(settings) - {"tokenizer", "workers"}), settings.get("workers", "1")
-    try:
-        if not tars or "tokenizer" not in settings or unknown:
-            raise DataError("usage: python -m data.index SHARDS... tokenizer=FOLDER [workers=N]")
-        if not workers.isdigit() or workers == "0":
-            raise DataError(f"workers={workers}: must be a whole number above 0")
-        remote = next((argument for argument in given if "://" in argument), None)
-        if remote:
-            raise DataError(
-                f"{remote}: indexes are made of local shards; copy it here, or index it where it was written"
-            )
-        left_out = build_indexes(tars, load_tokenizer(settings["tokenizer"]), int(workers))
-    except (DataError, OSError, BrokenProcessPool) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on with the shards that have no index yet", file=sys.stderr)
-        return 130
+    option = next((argument for argument in given if argument.startswith("-")), None)
+    if option:
+        raise DataError(f"unknown option {option}; {USAGE}")
+    if not tars or "tokenizer" not in settings or unknown:
+        raise DataError(USAGE)
+    if not workers.isdigit() or workers == "0":
+        raise DataError(f"workers={workers}: must be a whole number above 0")
+    if remote := next((argument for argument in given if "://" in argument), None):
+        raise DataError(f"{remote}: indexes are made of local shards; copy it here, or index it where it was written")
+    if folder := next((tar for tar in tars if tar.is_dir()), None):
+        raise DataError(f"{folder}: is a folder; name its shards: '{folder}/*.tar'")
+    left_out = build_indexes(tars, load_tokenizer(settings["tokenizer"]), int(workers))
     for line in left_out[:20]:
         print(f"left out: {line}", file=sys.stderr)
-    print(f"{len(tars)} shards indexed, {len(left_out)} samples left out")
-    return 0
+    say(f"{len(tars)} shards indexed, {len(left_out)} samples left out")
 
 
 if __name__ == "__main__":

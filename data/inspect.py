@@ -139,13 +139,14 @@ def view_recipe(options: argparse.Namespace) -> View:
         recipe = load_saved(path, [word for word in words if word not in runs])
     tokenizer = load_tokenizer(recipe.data.tokenizer)
     feed = open_feed(recipe, tokenizer, model_config(recipe, tokenizer))
-    reader, step = feed.reader, None
+    reader, step = next(iter(feed.courses.values())).reader, None
     if options.pack is not None:
         phases = spans(recipe)
         span = next((span for span in phases if span.start <= options.pack < span.stop), None)
         if span is None:
             raise DataError(f"--pack {options.pack}: the recipe's steps are 0 to {phases[-1].stop - 1}")
-        course, layout = feed.courses[span.name], reader.layout
+        course = feed.courses[span.name]
+        reader, layout = course.reader, course.reader.layout
         assert isinstance(layout, ModelLayout)
         title = f"step {options.pack}, phase {span.name}"
         step = Step(title, course.plan, options.pack - course.origin, reader, _pads_of(layout))

@@ -55,6 +55,17 @@ class Layout(Protocol):
         """Tokens of a segment, those that wrap it included."""
         ...
 
+    def speech(self, ids_T: Tensor, position_ids_3T: Tensor, speaker: str, codes_GF: Tensor) -> Any:
+        """How the last answer of a conversation is spoken, from its codes int64 [G, F]: a data.types.Speech.
+
+        Raises BadSample for a speaker or codes that the model does not have.
+        """
+        ...
+
+    def join_speech(self, parts: Sequence[Any]) -> Any:
+        """The speech of documents end to end."""
+        ...
+
     def lay_out(self, segments: Sequence[Segment], text_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
         """One document: token ids int64 [T] and position ids float32 [3, T]; `text_ids` fill the text, in order."""
         ...

@@ -102,6 +102,7 @@ class Tally:
     long: int  # samples too long to be packed whole
     dropped: dict[str, int]  # of those, the ones left out, by source
     tokens: tuple[int, ...] = ()  # of all samples of each group at their own speed
+    silent: int = 0  # samples left out since their answer has no speech codes
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,9 @@ class Measure:
         audio_N = self.work.audio(costs.sum_media(sizes.frames_M))
         sees = self.sizing.layout.patching is not None
         vision_N = costs.sum_media(self.work.vision(sizes.grid_M3)) if sees else np.zeros(len(samples_N))
+        if costs.speech_N is not None:  # who cannot speak takes no part
+            silent_N = costs.speech_N == 0
+            tokens_N[silent_N], long_N[silent_N] = 0, False
         pieces: dict[int, Sequence[Piece]] = {}
         for row in np.flatnonzero(long_N).tolist():
             if self.settings.too_long != "split" or not costs.document_N[row]:
@@ -191,8 +195,9 @@ def costs_of(costs: Costs, row: int) -> Costs:
     """The costs of one of N samples."""
     media = slice(*np.searchsorted(costs.owner_M, [row, row + 1]))
     taken = {
-        column.name: getattr(costs, column.name)[media if column.name.endswith("_M") else slice(row, row + 1)]
+        column.name: values[media if column.name.endswith("_M") else slice(row, row + 1)]
         for column in fields(Costs)
+        if (values := getattr(costs, column.name)) is not None
     }
     return Costs(**taken | {"owner_M": np.zeros_like(taken["owner_M"])})
 
@@ -218,7 +223,9 @@ def scan(corpus: Corpus, measure: Measure, groups: Sequence[Group] | None) -> Ta
             f"{found.first}, above data.sequence_length={settings.sequence_length} (as are {found.long} samples of "
             f"{corpus.num_samples}); raise data.sequence_length or set data.too_long=drop or split"
         )
-    return Tally(found.long, dict(found.dropped), tuple(found.tokens_G.tolist()))
+    if found.silent and found.silent == found.taking_part:
+        raise DataError("no sample has speech codes; make them with: python -m data.codes codec=FOLDER shards=...")
+    return Tally(found.long, dict(found.dropped), tuple(found.tokens_G.tolist()), found.silent)
 
 
 @dataclass
@@ -231,11 +238,13 @@ class _Found:
     long: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     first: str = ""
+    silent: int = 0
+    taking_part: int = 0
 
     def matters(self, index: ShardIndex) -> bool:
         """Whether a shard may hold a sample that is too long or cannot be taken."""
         most = index.about["max_media"]
-        if any(most[IMAGE:]):
+        if any(most[IMAGE:]) or index.codes is not None:
             return True
         measure, settings = self.measure, self.measure.settings
         longest = int(index.about["max_samples"] / settings.slowest_speed) // HOP + 1
@@ -261,6 +270,9 @@ class _Found:
             self.tokens_G += np.bincount(
                 groups_N[here_N], measured.tokens_N[here_N], minlength=len(self.tokens_G)
             ).astype(np.int64)
+        if costs.speech_N is not None:
+            self.taking_part += int(here_N.sum())
+            self.silent += int((here_N & (costs.speech_N == 0)).sum())
         for row in np.flatnonzero(measured.long_N & here_N).tolist():
             self.long += 1
             if not measured.tokens_N[row]:

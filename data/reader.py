@@ -67,7 +67,7 @@ class Reader:
                 documents.append(self._document(sample, epoch, piece, speed, tokens))
             except BadSample as error:
                 skipped.append(f"{self.corpus.name(sample)}: {error.reason}")
-        return join(documents, skipped)
+        return join(documents, skipped, self.layout.join_speech if self.corpus.codec else None)
 
     def prompts(self, samples: Sequence[int]) -> tuple[Batch, list[int]]:
         """Samples up to where the assistant answers, as a batch, and which of them could be read."""
@@ -98,9 +98,21 @@ class Reader:
             hear=hear,
             piece=None if piece < 0 else self._piece(sample, piece),
         )
-        if len(document.ids_T) != tokens:
-            raise BadSample(f"it has {len(document.ids_T)} tokens, its index says {tokens}")
+        document = self._spoken(document, sample) if self.corpus.codec else document
+        found = len(document.ids_T) + (document.frames if document.speech else 0)
+        if found != tokens:
+            raise BadSample(f"it has {found} tokens, its index says {tokens}")
         return document if piece < 0 else replace(document, key=f"{document.key}#{piece}")
+
+    def _spoken(self, document: Document, sample: int) -> Document:
+        """The document with the codes of its answer."""
+        shard, row = self.corpus.locate(sample)
+        codes = self.corpus.index(shard).codes
+        codes_GF = codes.codes(row) if codes else None
+        if codes is None or codes_GF is None:
+            raise BadSample("its answer has no speech codes")
+        speech = self.layout.speech(document.ids_T, document.position_ids_3T, codes.speaker(row), codes_GF)
+        return replace(document, speech=speech, frames=codes_GF.shape[1])
 
     def _piece(self, sample: int, piece: int) -> Piece:
         costs = self.corpus.costs(sample)

@@ -17,12 +17,13 @@ import struct
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import safetensors
 from isal.isal_zlib import crc32  # the same as zlib's in a tenth of the time
 from safetensors.numpy import save
+from torch import Tensor
 
 from data.costs import FILM, KINDS, Costs
 from data.errors import BadSample, DataError
@@ -98,6 +99,22 @@ def index_location(tar: str) -> str:
     return f"{scheme}.index{query}{rest}"
 
 
+class Codes(Protocol):
+    """Codec codes of the samples' speech: data.code_store.ShardCodes."""
+
+    def frames(self, rows: np.ndarray | slice) -> np.ndarray:
+        """int64: frames of each sample, 0 for one without speech."""
+        ...
+
+    def codes(self, row: int) -> Tensor | None:
+        """int64 [G, F]."""
+        ...
+
+    def speaker(self, row: int) -> str:
+        """Who speaks."""
+        ...
+
+
 class ShardIndex:
     """An open index. Use `ShardIndex.open`."""
 
@@ -110,6 +127,7 @@ class ShardIndex:
         # looking up one sample in a memoryview takes half the time that it takes in an array
         self._views = {name: columns[name].data for name in _LOOKED_UP if name in columns}
         self.num_samples = len(columns.get("text_tokens", ()))
+        self.codes: Codes | None = None  # of the answers' speech, where a corpus was opened with a codec
         self._store = store or Store(StoreSettings(cache_gb=0))
 
     @classmethod
@@ -188,6 +206,7 @@ class ShardIndex:
             frames_M=taken["media_frames"].astype(np.int64),
             seconds_M=seconds,
             text_before_M=taken["media_text"].astype(np.int64),
+            speech_N=None if self.codes is None else self.codes.frames(rows),
         )
 
     def media_samples(self, row: int) -> list[int]:

@@ -7,9 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
+
+
+class Speech(Protocol):
+    """What the answers of a batch sound like, as the model's layout makes it; data only moves it."""
+
+    def map_tensors(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """The same with every tensor replaced by `change(tensor)`."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +35,7 @@ class Batch:
     skipped: tuple[str, ...] = ()  # one line for each sample of the plan that had to be left out
     pixels_PX: Tensor = field(default_factory=lambda: torch.empty(0, 0))  # float32, images and videos in order
     grids: tuple[tuple[int, int, int], ...] = ()  # frames, rows and columns of patches of each image or video
+    speech: Speech | None = None  # of every document, where the Talker learns
 
     @classmethod
     def empty(cls, num_mels: int, skipped: tuple[str, ...] = ()) -> Batch:
@@ -36,7 +46,8 @@ class Batch:
     def map_tensors(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """The same batch with every tensor replaced by `change(tensor)`."""
         tensors = {name: change(getattr(self, name)) for name in _TENSORS}
-        return replace(self, **tensors)
+        speech = None if self.speech is None else self.speech.map_tensors(change)
+        return replace(self, **tensors, speech=speech)
 
     def pin_memory(self) -> Batch:
         """Page-locked copies, for asynchronous copies to a GPU (called by torch's DataLoader)."""

@@ -5,12 +5,14 @@ recipe, tokenizer, model's sizes --> corpus --> Plan of each phase, Reader, Eval
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
 from data.augment import Augment
+from data.codec import open_codec
 from data.corpus import Corpus
 from data.errors import DataError
 from data.plan import Plan, PlanSettings
@@ -18,6 +20,7 @@ from data.prompts import PromptSet
 from data.reader import Reader
 from data.tokenizer import Tokenizer
 from models.config import ThinkerConfig
+from models.omni_config import OmniConfig
 from train.evaluate import Evaluator
 from train.layout import ModelLayout, media_tokens, work_of
 from train.recipe import Recipe, Span, spans
@@ -31,6 +34,7 @@ class Course:
 
     plan: Plan
     origin: int
+    reader: Reader
 
     def about(self) -> list[str]:
         """What the data is, and what of it does not take part, as lines. Raises DataError for what may not be."""
@@ -42,6 +46,8 @@ class Course:
             )
         for source, count in sorted(plan.left_out.items()):
             lines.append(f"left out by the mixture: {count:,} samples of source {source}")
+        if plan.tally.silent:
+            lines.append(f"left out as their answers have no speech codes: {plan.tally.silent:,} samples")
         left_out = corpus.left_out()
         lines += [f"left out by the index: {line}" for line in left_out[:5]]
         if len(left_out) > 5:
@@ -65,9 +71,8 @@ class Course:
 
 @dataclass(frozen=True)
 class Feed:
-    """What a run reads: one reader, and the course of each phase."""
+    """What a run reads: the course of each phase."""
 
-    reader: Reader
     spans: Sequence[Span]
     courses: Mapping[str, Course]
 
@@ -115,13 +120,13 @@ class Feed:
         return found
 
 
-def open_feed(recipe: Recipe, tokenizer: Tokenizer, model: ThinkerConfig) -> Feed:
+def open_feed(recipe: Recipe, tokenizer: Tokenizer, model: ThinkerConfig | OmniConfig) -> Feed:
     """The order of training and what reads it. Raises DataError for shards that cannot be used.
 
-    A phase with a mixture of its own has a plan of its own. The others share one, which stands still meanwhile.
+    A phase with a mixture of its own has a plan of its own. The others share one, which stands still meanwhile; those
+    that train speech share another one, of the samples whose answers have codes.
     """
-    data, layout = recipe.data, model_layout(model, tokenizer)
-    corpus = Corpus.open(data.shards, tokenizer.fingerprint, data.store)
+    data = recipe.data
     settings = PlanSettings(
         data.sequence_length,
         data.sequences_per_step,
@@ -131,35 +136,69 @@ def open_feed(recipe: Recipe, tokenizer: Tokenizer, model: ThinkerConfig) -> Fee
         data.augment.ramp_epochs,
         data.mixture,
     )
-    reader = Reader(
-        corpus,
+    readers: dict[bool, Reader] = {}
+    shared: dict[bool, Plan] = {}
+    steps: Counter[bool] = Counter()  # that the shared plans have given
+    courses = {}
+    for span in spans(recipe):
+        speaks = span.phase.speech != "off"
+        reader = readers[speaks] = readers.get(speaks) or open_reader(recipe, tokenizer, model, speaks)
+        make = partial(Plan, reader.corpus, seed=recipe.seed, sizing=reader.sizing, work=work_of(thinker_of(model)))
+        if span.phase.mixture is not None:
+            own, name = replace(settings, mixture=span.phase.mixture), f"phases.{span.name}.mixture"
+            courses[span.name] = Course(make(own, mixture=name), span.start, reader)
+        else:
+            plan = shared[speaks] = shared.get(speaks) or make(settings)
+            courses[span.name] = Course(plan, span.start - steps[speaks], reader)
+            steps[speaks] += span.phase.steps
+    return Feed(spans(recipe), courses)
+
+
+def open_reader(recipe: Recipe, tokenizer: Tokenizer, model: ThinkerConfig | OmniConfig, speaks: bool) -> Reader:
+    """The shards, and what reads them; with the answers' codes where a phase `speaks`."""
+    data = recipe.data
+    codec = codec_of(data.codec, model) if speaks else ""
+    return Reader(
+        Corpus.open(data.shards, tokenizer.fingerprint, data.store, codec),
         tokenizer,
         seed=recipe.seed,
-        layout=layout,
+        layout=model_layout(model, tokenizer),
         limits=data.limits,
         augment=None if data.augment == Augment() else data.augment,
         sequence_length=data.sequence_length,
     )
-    make = partial(Plan, corpus, seed=recipe.seed, sizing=reader.sizing, work=work_of(model))
-    shared, own_steps, courses = None, 0, {}
-    for span in spans(recipe):
-        if span.phase.mixture is not None:
-            own, name = replace(settings, mixture=span.phase.mixture), f"phases.{span.name}.mixture"
-            course = Course(make(own, mixture=name), span.start)
-            own_steps += span.phase.steps
-        else:
-            shared = shared or make(settings)
-            course = Course(shared, own_steps)
-        courses[span.name] = course
-    return Feed(reader, spans(recipe), courses)
 
 
-def model_layout(model: ThinkerConfig, tokenizer: Tokenizer) -> ModelLayout:
+def codec_of(folder: str, model: ThinkerConfig | OmniConfig) -> str:
+    """Identity of a recipe's codec. Raises DataError where its codes are not what the model's Talker says."""
+    codec = open_codec(folder)
+    assert isinstance(model, OmniConfig) and model.talker is not None, "recipes check that who speaks has a talker"
+    groups, size = model.talker.num_code_groups, model.talker.code_predictor.vocab_size
+    if codec.num_codebooks != groups:
+        raise DataError(
+            f"data.codec={folder} has {codec.num_codebooks} codebooks, and "
+            f"model.talker.code_predictor.num_code_groups={groups}; they must be equal"
+        )
+    if codec.codebook_size > size:
+        raise DataError(
+            f"data.codec={folder} has {codec.codebook_size} codes in a codebook, and "
+            f"model.talker.code_predictor.vocab_size={size} is less"
+        )
+    return codec.identity
+
+
+def thinker_of(model: ThinkerConfig | OmniConfig) -> ThinkerConfig:
+    """The part of a model that reads."""
+    return model.thinker if isinstance(model, OmniConfig) else model
+
+
+def model_layout(model: ThinkerConfig | OmniConfig, tokenizer: Tokenizer) -> ModelLayout:
     """What the data needs to know of a model."""
-    return ModelLayout.of(model, media_tokens(model, tokenizer))
+    omni = model if isinstance(model, OmniConfig) else None
+    return ModelLayout.of(thinker_of(model), media_tokens(thinker_of(model), tokenizer), omni)
 
 
-def open_evaluator(recipe: Recipe, tokenizer: Tokenizer, model: ThinkerConfig) -> Evaluator:
+def open_evaluator(recipe: Recipe, tokenizer: Tokenizer, model: ThinkerConfig | OmniConfig) -> Evaluator:
     """The recipe's evaluation sets. Raises DataError for shards that cannot be used."""
     data, layout = recipe.data, model_layout(model, tokenizer)
     sets = {}

@@ -13,13 +13,17 @@ import numpy as np
 from torch import Tensor
 
 from data.costs import Work
+from data.errors import BadSample
 from data.tokenizer import AUDIO_END, AUDIO_START, VISION_END, VISION_START, Tokenizer
 from data.vision import Grid, Patching
 from models import positions
 from models.audio_encoder import num_audio_tokens
 from models.config import ThinkerConfig
 from models.flops import audio_flops, text_flops, vision_flops
+from models.omni_config import OmniConfig
 from models.positions import MediaTokens
+from models.speak import user_positions
+from models.talker_inputs import TalkerPlan, join, plan_document
 
 
 @dataclass(frozen=True)
@@ -30,15 +34,16 @@ class ModelLayout:
     patching: Patching | None = field(default_factory=Patching)
     audio_window: int = 800
     rate: float = positions.RATE
+    omni: OmniConfig | None = None  # of a model that speaks
 
     @classmethod
-    def of(cls, thinker: ThinkerConfig, tokens: MediaTokens) -> ModelLayout:
-        """A model's; `tokens` by MediaTokens.of or `media_tokens`."""
+    def of(cls, thinker: ThinkerConfig, tokens: MediaTokens, omni: OmniConfig | None = None) -> ModelLayout:
+        """A model's; `tokens` by MediaTokens.of or `media_tokens`, `omni` where answers are spoken."""
         vision = thinker.vision
         patching = (
             Patching(vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size) if vision else None
         )
-        return cls(tokens, patching, thinker.audio.n_window_infer, thinker.position_id_per_seconds)
+        return cls(tokens, patching, thinker.audio.n_window_infer, thinker.position_id_per_seconds, omni)
 
     @property
     def merge(self) -> int:
@@ -70,6 +75,27 @@ class ModelLayout:
     def num_tokens(self, segment: positions.Segment) -> int:
         """Tokens of a segment, those that wrap it included."""
         return positions.num_tokens(segment, self.merge)
+
+    def speech(self, ids_T: Tensor, position_ids_3T: Tensor, speaker: str, codes_GF: Tensor) -> TalkerPlan:
+        """See data.layout.Layout. Raises BadSample for a speaker or codes that the Talker does not have."""
+        assert self.omni is not None and self.omni.talker is not None, "this layout is of a Thinker alone"
+        voices = self.omni.talker.speaker_id
+        if speaker not in voices:
+            raise BadSample(
+                f"its answer is spoken by {speaker or 'nobody that is named'!r}, and model.talker.speaker_id names "
+                f"{', '.join(voices) or 'nobody'}"
+            )
+        try:
+            return plan_document(
+                self.omni, ids_T, user_positions(self.omni, ids_T, position_ids_3T), voices[speaker], codes_GF
+            )
+        except ValueError as error:
+            raise BadSample(str(error)) from None
+
+    def join_speech(self, parts: Sequence[TalkerPlan]) -> TalkerPlan:
+        """See data.layout.Layout."""
+        assert self.omni is not None and self.omni.talker is not None, "this layout is of a Thinker alone"
+        return join(parts, self.omni.talker.num_code_groups)
 
     def lay_out(self, segments: Sequence[positions.Segment], text_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
         """One document: token ids int64 [T] and position ids float32 [3, T]."""

@@ -128,6 +128,17 @@ class Routers:
 
 
 @dataclass(frozen=True)
+class Family:
+    """The mixture-of-experts layers of one decoder, as an engine shards them."""
+
+    name: str
+    decoder: str  # module that has them as layers.N.mlp
+    experts: int
+    top_k: int
+    shared: bool = False  # each beside an expert that all tokens share
+
+
+@dataclass(frozen=True)
 class Totals:
     """Counts of a set of micro-batches. The engine adds them over ranks before the first backward."""
 
@@ -161,6 +172,7 @@ class Objective(nn.Module):
         self.max_logits = max_logits
         text = thinker.config.text
         self.routers = (Routers(SHARE, text.num_hidden_layers, text.num_experts),)
+        self.families = (Family("thinker", "thinker.model", text.num_experts, top_k),)
 
     @property
     def model(self) -> nn.Module:
@@ -186,19 +198,19 @@ class Objective(nn.Module):
         head = partial(cross_entropy_sum, labels_T=batch.labels_T, max_logits=self.max_logits)
         ce_sum = self.thinker.lm_head(hidden_TD, head)
         if features is not None:
-            ce_sum = ce_sum + self._nothing_to_encode(batch)
+            ce_sum = ce_sum + nothing_to_encode(self.thinker, batch)
         return Sums(ce_sum.unsqueeze(0), *routed(router_logits, self.top_k))
 
-    def _nothing_to_encode(self, batch: Batch) -> Tensor:
-        """Zero, and a gradient of zero in every parameter of the encoders.
 
-        Sharded engines count on one from every backward: DeepSpeed starts its sums in the first of a step, and cannot
-        go backward at all where no parameter gets a gradient.
-        """
-        found = self.thinker.encode(Media(batch.mel_FM[:0], (), None, ()))
-        return sum((part_TD.float().sum() for part_TD in found.deepstack), found.audio_TD.float().sum()) + (
-            0.0 if found.visual_VD is None else found.visual_VD.float().sum()
-        )
+def nothing_to_encode(thinker: Thinker, batch: Batch) -> Tensor:
+    """Zero, and a gradient of zero in every parameter of the encoders, for a forward that got their features.
+
+    Sharded engines count on one from every backward: DeepSpeed starts its sums in the first of a step, and cannot go
+    backward at all where no parameter gets a gradient.
+    """
+    found = thinker.encode(Media(batch.mel_FM[:0], (), None, ()))
+    parts = [found.audio_TD, *found.deepstack] + ([] if found.visual_VD is None else [found.visual_VD])
+    return torch.stack([part_TD.float().sum() for part_TD in parts]).sum()
 
 
 def inputs_of(batch: Batch) -> tuple[Any, ...]:

@@ -12,17 +12,31 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from tqdm import tqdm
 
 from data.errors import DataError
 from data.loader import stream
-from data.tokenizer import AUDIO_PAD, IMAGE_PAD, VIDEO_PAD, Tokenizer, load_tokenizer
+from data.tokenizer import (
+    AUDIO_END,
+    AUDIO_PAD,
+    AUDIO_START,
+    IM_END,
+    IM_START,
+    IMAGE_PAD,
+    ROLES,
+    TTS,
+    VIDEO_PAD,
+    VISION,
+    Tokenizer,
+    load_tokenizer,
+)
 from models.config import ConfigError, ThinkerConfig
 from models.flops import training_flops
 from models.hf import released_pieces
+from models.omni_config import OmniConfig
 from train import ranks
 from train.checkpoint import CheckpointReader, Manifest, Saver, choose, open_weights
 from train.engines import Engine
@@ -92,7 +106,7 @@ def train(recipe: Recipe) -> None:
         with closing(run), closing(engine):
             batches = stream(
                 course.plan,
-                feed.reader,
+                course.reader,
                 engine.shard,
                 step,
                 stop,
@@ -115,8 +129,8 @@ def train(recipe: Recipe) -> None:
         farewell(folder, stopped)
 
 
-def model_config(recipe: Recipe, tokenizer: Tokenizer) -> ThinkerConfig:
-    """The model's sizes, checked against the tokenizer."""
+def model_config(recipe: Recipe, tokenizer: Tokenizer) -> ThinkerConfig | OmniConfig:
+    """The model's sizes, checked against the tokenizer: of a Thinker alone, or with the Talker that the recipe has."""
     text = recipe.model.text
     if text.vocab_size < tokenizer.vocab_size:
         raise RecipeError(
@@ -124,10 +138,29 @@ def model_config(recipe: Recipe, tokenizer: Tokenizer) -> ThinkerConfig:
             f"({recipe.data.tokenizer}); raise it"
         )
     audio, vision = recipe.model.audio, recipe.model.vision
-    if vision is None:
-        return ThinkerConfig(text, audio, tokenizer.id(AUDIO_PAD))
-    audio_id, image_id, video_id = (tokenizer.id(name) for name in (AUDIO_PAD, IMAGE_PAD, VIDEO_PAD))
-    return ThinkerConfig(text, audio, audio_id, vision, image_id, video_id)
+    thinker = ThinkerConfig(text, audio, tokenizer.id(AUDIO_PAD))
+    if vision is not None:
+        image_id, video_id = (tokenizer.id(name) for name in (IMAGE_PAD, VIDEO_PAD))
+        thinker = replace(thinker, vision=vision, image_token_id=image_id, video_token_id=video_id)
+    if recipe.model.talker is None:
+        return thinker
+    return OmniConfig(thinker, recipe.model.talker, recipe.model.code2wav, **joining_ids(tokenizer))
+
+
+def joining_ids(tokenizer: Tokenizer) -> dict[str, int]:
+    """Ids of the tokens by which Thinker and Talker are joined. Raises RecipeError where a role is not one token."""
+    names = {"im_start": IM_START, "im_end": IM_END, "audio_start": AUDIO_START, "audio_end": AUDIO_END}
+    names |= dict(zip(("vision_start", "vision_end"), VISION, strict=False))
+    names |= dict(zip(("tts_pad", "tts_bos", "tts_eos"), TTS, strict=False))
+    ids = {f"{key}_token_id": tokenizer.id(name) for key, name in names.items()}
+    for word in (*ROLES, "\n"):
+        tokens = tokenizer.encode(word)
+        if len(tokens) != 1:
+            raise RecipeError(
+                f"the tokenizer makes {len(tokens)} tokens of {word!r}, and a Talker needs one: use another tokenizer"
+            )
+        ids |= {f"{word}_token_id": tokens[0]} if word in ROLES else {}
+    return ids
 
 
 def restore(
@@ -153,7 +186,7 @@ def open_run(
 ) -> Run:
     """Meters and writer of a phase. The writer's memory is allocated at the first save."""
     step = manifest.step if manifest else 0
-    model = setup.model
+    model = setup.thinker
     meters = Meters(
         folder,
         recipe.log,
@@ -174,7 +207,7 @@ def open_run(
         released_pieces=released_pieces,
         warn=meters.say,
     )
-    return Run(recipe, folder, meters, saver, evaluator, asdict(model), feed, course, step)
+    return Run(recipe, folder, meters, saver, evaluator, asdict(setup.model), feed, course, step)
 
 
 def farewell(folder: Path, stopped: bool) -> None:

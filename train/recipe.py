@@ -24,6 +24,7 @@ from data.config import DataConfig
 from data.errors import DataError
 from data.mixture import Mixture
 from models.config import AudioConfig, TextConfig, VisionConfig
+from models.omni_config import Code2WavConfig, TalkerConfig
 from train.errors import RecipeError
 from train.typed import build, nearest, paths
 
@@ -32,11 +33,13 @@ RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes of the Thinker. Without `vision` it takes text and audio."""
+    """Sizes of the model. Without `vision` it takes text and audio, without `talker` it answers in text alone."""
 
     text: TextConfig
     audio: AudioConfig
     vision: VisionConfig | None = None
+    talker: TalkerConfig | None = None
+    code2wav: Code2WavConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,9 @@ class Phase:
     """Instead of optim.lr."""
     warmup_steps: int | None = None
     """Instead of optim.warmup_steps."""
+    speech: str = "off"
+    """How the Talker learns, and what of the Thinker runs for it: live (whole, the Talker's gradient reaches it),
+    detached (whole, each with its own gradient) or frozen (up to the layer that the Talker reads). off: text alone."""
     mixture: Mixture | None = None
     """Instead of data.mixture: the phase then has a plan of its own, whose epochs count from its first step."""
 
@@ -84,6 +90,10 @@ class LossConfig:
 
     balance: float = 0.001
     """Weight of the load-balancing loss (docs/design.md)."""
+    text: float = 1.0
+    """Weight of the Thinker's cross-entropy in phases that train speech with it."""
+    residual: float = 0.3
+    """Weight of the residual codebooks together, beside the first one's 1; theirs is the mean."""
     max_logits: int = 40_000_000
     """Logits that exist at the same time; 160 MB in fp32 by default."""
 
@@ -289,6 +299,12 @@ def _validate(recipe: Recipe) -> None:
                 phase.mixture.validate(f"phases.{name}.mixture")
     except DataError as error:
         raise RecipeError(str(error)) from None
+    for name, phase in recipe.phases.items():
+        _one_of(f"phases.{name}.speech", phase.speech, ("off", "live", "detached", "frozen"))
+        if phase.speech != "off" and recipe.model.talker is None:
+            raise RecipeError(f"phases.{name}.speech={phase.speech}: the model has no talker; choose one that has")
+        if phase.speech != "off" and not recipe.data.codec:
+            raise RecipeError(f"phases.{name}.speech={phase.speech}: data.codec is not set: name the codec's folder")
     if recipe.engine.zero not in (1, 2, 3):
         raise RecipeError(f"engine.zero={recipe.engine.zero}: it is 1, 2 or 3")
     if not recipe.phases:

@@ -5,6 +5,7 @@
     detached   whole, with its own text loss             the same, cut off            each keeps its own
     frozen     up to that layer, nothing kept            the same                     Talker alone
     cached     not at all: rows from data/hidden.py      as they were written         Talker alone
+    off        whole, with its own text loss             not at all                   Thinker alone
 
 Text always reaches the Talker as plain embeddings. The report does not say whether the Talker's gradient reaches the
 Thinker, so both are here; a frozen Thinker costs half of its forward in the released shapes, a cached one nothing.
@@ -15,6 +16,7 @@ codebooks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Literal, get_args
 
@@ -24,65 +26,155 @@ from torch import Tensor, nn
 from data.types import Batch
 from models.omni import Omni
 from models.talker_inputs import TalkerPlan, multimodal_rows, talker_inputs
+from models.thinker import Features, Media, Thinker
 from train.errors import RecipeError
-from train.loss import MAX_LOGITS, cross_entropy_sum, inputs_of, pictures_of
-from train.speech_loss import code_loss_sums
+from train.loss import (
+    IGNORE,
+    MAX_LOGITS,
+    SHARE,
+    Family,
+    Routers,
+    Sums,
+    Term,
+    Totals,
+    cross_entropy_sum,
+    inputs_of,
+    nothing_to_encode,
+    pictures_of,
+    routed,
+)
+from train.speech_loss import RESIDUAL_WEIGHT, code_counts, code_loss_sums
 
-Way = Literal["live", "detached", "frozen", "cached"]
+Way = Literal["off", "live", "detached", "frozen", "cached"]
 
 
 class SpeechObjective(nn.Module):
-    """Model and losses as one module; parameters that the way leaves out are frozen when it is made."""
+    """Model and losses as one module, a train.loss.Objective; parameters that the way leaves out are frozen here."""
 
-    def __init__(self, omni: Omni, way: Way, *, max_logits: int = MAX_LOGITS) -> None:
+    prefix = "omni."
+
+    def __init__(
+        self,
+        omni: Omni,
+        way: str,
+        *,
+        text: float = 1.0,
+        residual: float = RESIDUAL_WEIGHT,
+        max_logits: int = MAX_LOGITS,
+    ) -> None:
+        """`text` and `residual` weigh the Thinker's loss and the mean of the residual codebooks'."""
         super().__init__()
         if way not in get_args(Way):
             raise RecipeError(f"the Thinker can be {', '.join(get_args(Way))} for the Talker, not {way!r}")
-        if omni.talker is None:
+        talker = omni.config.talker
+        if omni.talker is None or talker is None:
             raise RecipeError("the model has no talker to train")
         self.omni, self.way, self.max_logits = omni, way, max_logits
-        if way in ("frozen", "cached"):
+        self._thinks, self._speaks = way in ("off", "live", "detached"), way != "off"
+        if omni.code2wav is not None:
+            omni.code2wav.requires_grad_(False)
+        if not self._thinks:
             omni.thinker.requires_grad_(False)
+        if not self._speaks:
+            omni.talker.requires_grad_(False)
+        residuals = talker.num_code_groups - 1
+        codes = [Term("code 0"), *(Term(f"code {r + 1}", residual / residuals) for r in range(residuals))]
+        self.terms = (*[Term("text", text)] * self._thinks, *codes * self._speaks)
+        self._decoders = [omni.config.thinker.text] * self._thinks + [talker.text] * self._speaks
+        names = [SHARE] * self._thinks + [f"talker.{SHARE}"] * self._speaks
+        self.routers = tuple(
+            Routers(name, text.num_hidden_layers, text.num_experts)
+            for name, text in zip(names, self._decoders, strict=True)
+        )
+        thinker, speaker = omni.config.thinker.text, talker.text
+        self.families = (
+            Family("thinker", "omni.thinker.model", thinker.num_experts, thinker.num_experts_per_tok),
+            Family("talker", "omni.talker.model", speaker.num_experts, speaker.num_experts_per_tok, shared=True),
+        )
 
-    def forward(self, batch: Batch, plan: TalkerPlan, media_MH: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Cross-entropy sums of a pack: text (fp32 scalar), first codes (fp32 scalar), residual codes (fp32 [R]).
+    @property
+    def model(self) -> nn.Module:
+        """What is trained, kept in checkpoints and exported."""
+        return self.omni
 
-        `batch` holds the Thinker's conversations, `plan` the Talker's, document by document. `media` is given where
-        the way is "cached", [M, H] in the order of the plan's placeholders. The text sum is 0 where the Thinker does
-        not run to its end. Counts are `Totals.of(batch).targets` and `code_counts(plan)`.
+    @property
+    def thinker(self) -> Thinker:
+        """What answers in evaluations."""
+        return self.omni.thinker
+
+    def plan(self, batch: Batch) -> TalkerPlan:
+        """What the Talker is to say; a batch without tokens has none."""
+        assert self.omni.config.talker is not None
+        groups = self.omni.config.talker.num_code_groups
+        return batch.speech if isinstance(batch.speech, TalkerPlan) else TalkerPlan.empty(groups)
+
+    def totals(self, batches: Sequence[Batch]) -> Totals:
+        """Count this rank's micro-batches."""
+        targets = [sum(int((batch.labels_T != IGNORE).sum()) for batch in batches)] * self._thinks
+        tokens = [sum(len(batch.token_ids_T) for batch in batches)] * self._thinks
+        if self._speaks:
+            plans = [self.plan(batch) for batch in batches]
+            first, frames = (sum(counts) for counts in zip(*map(code_counts, plans), strict=True))
+            targets += [first] + [frames] * (len(self.terms) - len(targets) - 1)
+            tokens.append(sum(sum(plan.doc_lengths) for plan in plans))
+        return Totals(sum(len(batch.skipped) for batch in batches), tuple(targets), tuple(tokens))
+
+    def forward(
+        self, batch: Batch | Media, features: Features | None = None, media_MH: Tensor | None = None
+    ) -> Sums | Features:
+        """Sums of a pack, of `terms` and `routers`; given Media alone, their features (train.loss.Objective).
+
+        `batch` holds the Thinker's conversations and in `speech` the Talker's, document by document. `media` is given
+        where the way is "cached", [M, H] in the order of the plan's placeholders.
         """
+        if isinstance(batch, Media):
+            return self.omni.thinker.encode(batch)
+        losses, logits, media_MH = self._think(batch, features, media_MH)
+        if self._speaks:
+            first_sum, residual_sums_R, talker_logits = self._speak(self.plan(batch).to(batch.mel_FM.device), media_MH)
+            losses, logits = [*losses, first_sum, *residual_sums_R], [*logits, talker_logits]
+        found = [routed(each, text.num_experts_per_tok) for each, text in zip(logits, self._decoders, strict=True)]
+        probs, counts = (tuple(each[place][0] for each in found) for place in (0, 1))
+        return Sums(torch.stack(losses), probs, counts)
+
+    def _speak(self, plan: TalkerPlan, media_MH: Tensor | None) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
         talker = self.omni.talker
-        assert talker is not None
-        text_sum, media_MH = self._think(batch, media_MH)
+        assert talker is not None and media_MH is not None
         text_XH = self.omni.thinker.model.embed_tokens(plan.text_ids_X)
         if self.way == "detached":
             text_XH = text_XH.detach()
-        hidden_PD, _ = talker(
-            talker_inputs(talker, plan, text_XH, media_MH.to(text_XH.dtype)), plan.position_ids_3P, plan.doc_lengths
-        )
+        inputs_PD = talker_inputs(talker, plan, text_XH, media_MH.to(text_XH.dtype))
+        hidden_PD, logits = talker(inputs_PD, plan.position_ids_3P, plan.doc_lengths)
         first_sum, _, residual_sums_R, _ = code_loss_sums(talker, hidden_PD, plan, max_logits=self.max_logits)
-        return text_sum, first_sum, residual_sums_R
+        return first_sum, residual_sums_R, logits
 
-    def _think(self, batch: Batch, media_MH: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _think(
+        self, batch: Batch, features: Features | None, media_MH: Tensor | None
+    ) -> tuple[list[Tensor], list[Sequence[Tensor]], Tensor | None]:
+        """Losses and router logits of the Thinker, none where it does not run whole, and what the Talker reads."""
         if self.way == "cached":
             if media_MH is None:
                 raise ValueError("the way is cached: the Thinker's hidden states must be given")
-            return media_MH.new_zeros((), dtype=torch.float32), media_MH
-        rows_M = multimodal_rows(self.omni.config, batch.token_ids_T, batch.doc_lengths)
-        if self.way == "frozen":
-            states_MH = hidden_states(self.omni, batch)[rows_M]
-            return states_MH.new_zeros((), dtype=torch.float32), states_MH
-        thinker, tap = self.omni.thinker, _tap(self.omni)
-        hidden_TH, _, tapped_TH = thinker(*inputs_of(batch), **pictures_of(batch), tap=tap)
+            return [], [], media_MH
+        rows_M = multimodal_rows(self.omni.config, batch.token_ids_T, batch.doc_lengths) if self._speaks else None
+        if not self._thinks:
+            return [], [], hidden_states(self.omni, batch, features)[rows_M]
+        thinker, tap = self.omni.thinker, _tap(self.omni) if self._speaks else None
+        hidden_TH, logits, *tapped = thinker(*inputs_of(batch), **pictures_of(batch), features=features, tap=tap)
         head = partial(cross_entropy_sum, labels_T=batch.labels_T, max_logits=self.max_logits)
-        states_MH = tapped_TH[rows_M]
-        return thinker.lm_head(hidden_TH, head), states_MH.detach() if self.way == "detached" else states_MH
+        text_sum = thinker.lm_head(hidden_TH, head)
+        if features is not None:
+            text_sum = text_sum + nothing_to_encode(thinker, batch)
+        states_MH: Tensor | None = tapped[0][rows_M] if tapped else None
+        if states_MH is not None and self.way == "detached":
+            states_MH = states_MH.detach()
+        return [text_sum], [logits], states_MH
 
 
 @torch.no_grad()
-def hidden_states(omni: Omni, batch: Batch) -> Tensor:
+def hidden_states(omni: Omni, batch: Batch, features: Features | None = None) -> Tensor:
     """What the Talker reads of the Thinker, [T, H] for all rows of a pack; layers beyond it do not run."""
-    return omni.thinker(*inputs_of(batch), **pictures_of(batch), tap=_tap(omni), stop=True)[2]
+    return omni.thinker(*inputs_of(batch), **pictures_of(batch), features=features, tap=_tap(omni), stop=True)[2]
 
 
 def _tap(omni: Omni) -> int:

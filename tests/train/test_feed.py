@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +17,7 @@ from train.feed import Course, Feed, open_feed
 from train.main import model_config
 from train.recipe import Phase, Span, load_recipe
 
+READER: Any = None  # nothing is read here
 SHARDS = [[Made(10, source="a"), Made(7, source="b")] * 40]
 
 
@@ -24,8 +26,8 @@ def feed(**settings) -> Feed:
     corpus = costs_corpus(SHARDS)
     own = costs_plan(corpus, mixture=Mixture({"a": 1, "b": 3}), **settings)
     spans = [Span("own", Phase(2), 0, 2), Span("shared", Phase(3), 2, 5)]
-    courses = {"own": Course(own, 0), "shared": Course(costs_plan(corpus, **settings), 2)}
-    return Feed(None, spans, courses)  # type: ignore[arg-type]
+    courses = {"own": Course(own, 0, READER), "shared": Course(costs_plan(corpus, **settings), 2, READER)}
+    return Feed(spans, courses)
 
 
 @pytest.mark.parametrize("step", [1, 2, 3, 4])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -39,7 +41,12 @@ def build(seed=3, kinds=("aiv", "a", "")):
 def run(omni, batch, plan, way, media_MH=None):
     """Sums, and gradients by name, of one way; the model is left as it was."""
     objective = SpeechObjective(omni, way)
-    sums = objective(batch, plan, media_MH)
+    batch = replace(batch, speech=plan)
+    found, names = objective(batch, media_MH=media_MH), [term.name for term in objective.terms]
+    losses = dict(zip(names, found.losses_K, strict=True))
+    text = losses.pop("text", torch.tensor(0.0))
+    sums = text, losses.pop("code 0"), torch.stack([*losses.values()])
+    assert [len(objective.totals([batch]).targets), len(found.probs)] == [len(names), len(objective.routers)]
     omni.zero_grad(set_to_none=True)
     (sums[0] + sums[1] + sums[2].sum()).backward()
     grads = {name: p.grad for name, p in omni.named_parameters()}
@@ -109,7 +116,7 @@ def test_heads_start_at_a_uniform_guess():
     """ln of the vocabulary to 5 %: text, first codes, every residual codebook."""
     omni, batch, plan = build()
     init_weights(omni, seed=0)
-    text_sum, first_sum, residual_sums_R = SpeechObjective(omni, "live")(batch, plan)
+    text_sum, first_sum, *residual_sums_R = SpeechObjective(omni, "live")(replace(batch, speech=plan)).losses_K
     targets, frames = int((batch.labels_T != -100).sum()), plan.codes_GF.shape[1]
     talker = omni.config.talker
     guess = torch.tensor(float(omni.config.thinker.text.vocab_size)).log()
@@ -123,10 +130,10 @@ def test_heads_start_at_a_uniform_guess():
 
 def test_says_what_is_wrong():
     omni, batch, plan = build()
-    with pytest.raises(RecipeError, match="live, detached, frozen, cached for the Talker, not 'thawed'"):
+    with pytest.raises(RecipeError, match="off, live, detached, frozen, cached for the Talker, not 'thawed'"):
         SpeechObjective(omni, "thawed")
     with pytest.raises(ValueError, match="hidden states must be given"):
-        SpeechObjective(omni, "cached")(batch, plan)
+        SpeechObjective(omni, "cached")(replace(batch, speech=plan))
     omni.talker = None
     with pytest.raises(RecipeError, match="no talker"):
         SpeechObjective(omni, "live")

@@ -38,9 +38,17 @@ from data.types import Batch
 from train import ranks
 from train.encoders import SharedEncoding
 from train.engines import MOMENTS, VALUE, WEIGHT, Fragment, Shard, StateReader, StepStats, autoep
-from train.engines.setup import EngineSetup, continue_greedily, first_shares, read_shares, stats_of, sums_of_eval
+from train.engines.setup import (
+    AnyObjective,
+    EngineSetup,
+    continue_greedily,
+    first_shares,
+    read_shares,
+    stats_of,
+    sums_of_eval,
+)
 from train.errors import EngineError
-from train.loss import Objective, balance_losses, next_share, weighted
+from train.loss import balance_losses, next_share, weighted
 from train.optim import set_lr
 
 BUCKET = 50_000_000  # elements reduced together; DeepSpeed's default would allocate 2 GB of fp32
@@ -79,9 +87,9 @@ class DeepSpeedEngine:
         self.setup, self.device, self.stage = setup, setup.device, setup.engine.zero
         self.shard, self.is_main = Shard(ranks.rank(), ranks.world()), ranks.rank() == 0
         objective = setup.build_objective()
-        for routers in objective.routers:
-            check_degrees(setup.engine.ep, routers.experts, ranks.world())
-        describe_experts(objective, objective.routers[0].experts)
+        for family in objective.families:
+            check_degrees(setup.engine.ep, family.experts, ranks.world())
+        describe_experts(objective)
         named = dict(objective.model.named_parameters())
         self.shapes = {name: tuple(parameter.shape) for name, parameter in named.items()}
         self.frozen = {n: self._own_part(p.detach()) for n, p in named.items() if not p.requires_grad}
@@ -120,7 +128,7 @@ class DeepSpeedEngine:
         totals = mine.like(ranks.total(mine.vector().to(self.device)))
         found_K = torch.zeros(len(objective.terms) + 1, dtype=torch.float64)  # the last is the balance loss
         counts = [torch.zeros_like(share_LE) for share_LE in self.shares]
-        shared = SharedEncoding(microbatches, self.setup.model, self.device, self.engine) if self._shares else None
+        shared = SharedEncoding(microbatches, self.setup.thinker, self.device, self.engine) if self._shares else None
         parts = list(shared.parts()) if shared else [(batch, None) for batch in microbatches]
         for number, (batch, features) in enumerate(parts, 1):
             sums = self.engine(batch.to(self.device), features)
@@ -149,7 +157,7 @@ class DeepSpeedEngine:
         the host: then it reaches all of them, by a batch without tokens.
         """
         if self.setup.engine.offload:
-            return self.engine(Batch.empty(self.setup.model.audio.num_mel_bins).to(self.device)).losses_K.sum()
+            return self.engine(Batch.empty(self.setup.thinker.audio.num_mel_bins).to(self.device)).losses_K.sum()
         self.zero.clear_backward_seen_flag()  # as a forward does: else the gradients so far would be added once more
         return 0.0
 
@@ -363,14 +371,14 @@ def configuration(setup: EngineSetup, ep: int, num_parameters: int) -> dict[str,
         "bf16": {"enabled": setup.engine.precision == "bf16", "check_grad_overflow": True},
     }
     if ep > 1:
-        config["expert_parallel"] = autoep.settings(ep)
+        config["expert_parallel"] = {"enabled": True, "autoep_size": ep}
     return config
 
 
-def describe_experts(objective: Objective, num_experts: int) -> None:
+def describe_experts(objective: AnyObjective) -> None:
     """Give the model the attribute `config` that AutoEP reads; a model type unknown to it takes none of its presets."""
-    facts = {autoep.NUM_EXPERTS: num_experts, autoep.TOP_K: objective.top_k, "model_type": "omniloom"}
-    objective.__dict__["config"] = SimpleNamespace(**facts)
+    facts = autoep.register(objective.families)
+    objective.__dict__["config"] = SimpleNamespace(**facts, model_type="omniloom")
 
 
 class _Router(nn.Linear):

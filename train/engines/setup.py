@@ -17,18 +17,24 @@ from data.types import Batch
 from models.config import ThinkerConfig
 from models.generate import greedy
 from models.init import init_weights
+from models.omni import Omni
+from models.omni_config import OmniConfig
 from models.thinker import Thinker
 from train.engines import VALUE, StateReader, StepStats
+from train.errors import RecipeError
 from train.loss import IGNORE, Objective, Totals, inputs_of, pictures_of, uniform_share
 from train.optim import param_groups, select_trainable
 from train.recipe import EngineConfig, LossConfig, OptimConfig, Phase
+from train.speech import SpeechObjective
+
+AnyObjective = Objective | SpeechObjective
 
 
 @dataclass(frozen=True)
 class EngineSetup:
     """Everything an engine is built from. The engine gets configurations, not modules: it decides how to build them."""
 
-    model: ThinkerConfig
+    model: ThinkerConfig | OmniConfig
     engine: EngineConfig
     optim: OptimConfig
     loss: LossConfig
@@ -43,20 +49,43 @@ class EngineSetup:
         first, second = self.optim.betas
         return first, second
 
-    def build_objective(self) -> Objective:
-        """Model and loss on the CPU in fp32, with the same initial weights on every rank, frozen as the phase says."""
-        thinker = Thinker(self.model, recompute_experts=self.engine.recompute)
-        init_weights(thinker, self.seed)
-        select_trainable(thinker, self.phase, self.phase_name)
-        return Objective(thinker, top_k=self.model.text.num_experts_per_tok, max_logits=self.loss.max_logits)
+    @property
+    def thinker(self) -> ThinkerConfig:
+        """The Thinker's sizes."""
+        return self.model.thinker if isinstance(self.model, OmniConfig) else self.model
 
-    def param_groups(self, objective: Objective) -> list[dict[str, Any]]:
+    def build_objective(self) -> AnyObjective:
+        """Model and loss on the CPU in fp32, with the same initial weights on every rank, frozen as the phase says."""
+        recompute = self.engine.recompute
+        if isinstance(self.model, OmniConfig):
+            model = Omni(self.model, recompute_experts=recompute)
+        else:
+            model = Thinker(self.model, recompute_experts=recompute)
+        init_weights(model, self.seed)
+        select_trainable(model, self.phase, self.phase_name)
+        limit = self.loss.max_logits
+        if isinstance(model, Thinker):
+            return Objective(model, top_k=self.thinker.text.num_experts_per_tok, max_logits=limit)
+        weights = {"text": self.loss.text, "residual": self.loss.residual}
+        objective = SpeechObjective(model, self.phase.speech, **weights, max_logits=limit)
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise RecipeError(
+                f"phases.{self.phase_name}: speech={self.phase.speech} leaves nothing to train of what train names"
+            )
+        return objective
+
+    def param_groups(self, objective: AnyObjective) -> list[dict[str, Any]]:
         """Optimizer groups over the trainable parameters."""
         return param_groups(objective.model, self.optim)
 
 
 def stats_of(
-    objective: Objective, totals: Totals, losses_K: Tensor, balance: float, grad_norm: float, shares: Sequence[Tensor]
+    objective: AnyObjective,
+    totals: Totals,
+    losses_K: Tensor,
+    balance: float,
+    grad_norm: float,
+    shares: Sequence[Tensor],
 ) -> StepStats:
     """What a step reports, from sums over the global batch."""
     means = losses_K.tolist()
@@ -73,12 +102,12 @@ def stats_of(
     )
 
 
-def first_shares(objective: Objective, device: torch.device) -> list[Tensor]:
+def first_shares(objective: AnyObjective, device: torch.device) -> list[Tensor]:
     """Expert shares before the first step, [L, E] for each decoder with routers."""
     return [uniform_share(routers.layers, routers.experts).to(device) for routers in objective.routers]
 
 
-def read_shares(state: StateReader, objective: Objective, device: torch.device) -> list[Tensor]:
+def read_shares(state: StateReader, objective: AnyObjective, device: torch.device) -> list[Tensor]:
     """Expert shares of a checkpoint."""
     found = []
     for routers in objective.routers:
@@ -88,7 +117,7 @@ def read_shares(state: StateReader, objective: Objective, device: torch.device) 
     return found
 
 
-def sums_of_eval(objective: Objective, batch: Batch) -> Mapping[str, float]:
+def sums_of_eval(objective: AnyObjective, batch: Batch) -> Mapping[str, float]:
     """Sums over a batch: `loss_sum`, `targets`, `correct` (most likely token right)."""
     hidden_TD, _ = objective.thinker(*inputs_of(batch), **pictures_of(batch))
     index_N = (batch.labels_T != IGNORE).nonzero().squeeze(1)
@@ -102,7 +131,7 @@ def sums_of_eval(objective: Objective, batch: Batch) -> Mapping[str, float]:
 
 
 def continue_greedily(
-    objective: Objective,
+    objective: AnyObjective,
     batch: Batch,
     max_new_tokens: int,
     stop_id: int,

@@ -1,0 +1,64 @@
+"""The engine contract for speech: Thinker and Talker under DeepSpeed give the numbers of one process.
+
+Two families of experts are sharded, the frozen Thinker's too, and every rank lacks something in some step.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed import spawn
+from tests.train import speech_cases as cases
+from train.engines.build import build_engine
+
+pytest.importorskip("deepspeed", reason="the extra `deepspeed` is not installed")
+CASES = [f"{way}-{name}" for way in cases.WAYS for name in cases.LAYOUTS]
+
+
+def assert_close(got: Any, expected: Any, rtol: float = 1e-5) -> None:
+    torch.testing.assert_close(
+        torch.tensor(got, dtype=torch.float64), torch.tensor(expected, dtype=torch.float64), rtol=rtol, atol=1e-7
+    )
+
+
+@pytest.fixture(scope="module")
+def local() -> dict[str, Any]:
+    torch.set_num_threads(1)
+    found = {}
+    for way in cases.WAYS:
+        engine = build_engine(cases.setup("local", way))
+        rows, state = cases.train(engine), cases.gather(engine)
+        found[way] = {"rows": rows, "state": state, "after": cases.train(engine, cases.STEPS, cases.STEPS + 1)}
+    return found
+
+
+@pytest.fixture(scope="module")
+def sharded() -> list[dict[str, Any]]:
+    return spawn(cases.two_processes, 2, timeout=280)
+
+
+def test_what_each_way_reports(local: dict[str, Any]) -> None:
+    """Loss is the weighted sum of the terms, and only what learns has moments."""
+    for way, terms in (("frozen", 3), ("live", 4), ("off", 1)):
+        loss, *row = local[way]["rows"][0]
+        names = ["code 0", "code 1", "code 2", "text"][:terms] if way != "off" else ["text"]
+        weights = {"code 0": 1.0, "code 1": 0.15, "code 2": 0.15, "text": 0.5}
+        assert loss == pytest.approx(sum(weights[name] * value for name, value in zip(names, row, strict=False)))
+        moments = {key.split("|")[1].split(".")[0] for key in local[way]["state"] if key.startswith("exp_avg|")}
+        assert moments == {"frozen": {"talker"}, "live": {"thinker", "talker"}, "off": {"thinker"}}[way]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_layouts_equal_local(name: str, local: dict[str, Any], sharded: list[dict[str, Any]]) -> None:
+    way = name.split("-")[0]
+    for rank in (0, 1):
+        found = sharded[rank][name]
+        assert_close(found["rows"], local[way]["rows"])
+        if found["restored"]:
+            assert_close(found["restored"], local[way]["after"], rtol=2e-5)
+    for key, values in sharded[0][name]["weights"].items():
+        expected = local[way]["state"][key]
+        assert (torch.tensor(values) - expected).norm() < 1e-5 * expected.norm() + 1e-7, key
