@@ -6,6 +6,9 @@
 the answer is printed as it comes, the voice is written to `out`; the last line says how long the first token and the
 first packet of sound took. A model without a Talker answers by text alone. `temperature=0` makes all choices the
 likeliest; otherwise `seed` repeats them.
+
+A Talker that was trained on codes of a codec without a decoder in the model is heard through `codec=FOLDER`, with
+`levels=N` through its first N codebooks.
 """
 
 from __future__ import annotations
@@ -19,7 +22,9 @@ import soundfile
 import torch
 from torch import Tensor
 
+from data.codec import Codec, open_codec
 from data.errors import DataError
+from data.kmeans_codec import KMeansCodec
 from data.tokenizer import IM_END, Tokenizer, load_tokenizer
 from data.types import Batch
 from launch.arguments import guarded, parse
@@ -46,6 +51,8 @@ KNOWN = {
     "dtype": "",
     "device": "cpu",
     "video_sound": "true",
+    "codec": "",
+    "levels": "",
 }
 
 
@@ -61,11 +68,34 @@ def ask(argv: Sequence[str]) -> None:
         raise RecipeError("text= and system= must be UTF-8")
     out, seed, folder = _wav(given["out"]), _whole(given, "seed", 0, 2**63 - 1), Path(given["model"])
     omni = load_model(folder, given["dtype"] or None, given["device"])
+    codec = codec_of(omni, given)
     tokenizer = load_tokenizer(folder)
     sound = _flag(given, "video_sound")
     prompt = conversation(omni.config, tokenizer, given["text"], media, given["system"], sound).to(given["device"])
     print(f"{len(prompt.token_ids_T)} tokens of prompt", file=sys.stderr)
-    answer(omni, tokenizer, prompt, settings_of(omni, given), out, seed)
+    answer(omni, tokenizer, prompt, settings_of(omni, given), out, seed, codec)
+
+
+def codec_of(omni: Omni, given: dict[str, str]) -> Codec | None:
+    """What makes sound of the Talker's codes where the model's own decoder does not; None where it does.
+
+    Raises RecipeError for a codec whose codes are not what this Talker says.
+    """
+    if not given["codec"]:
+        if given["levels"]:
+            raise RecipeError("levels= is for codec=FOLDER: the model's own decoder takes all codebooks")
+        return None
+    codec = open_codec(given["codec"], _whole(given, "levels", 1, 64) if given["levels"] else None, given["device"])
+    talker = omni.config.talker
+    if talker is None:
+        raise RecipeError("codec= is given, but this model has no talker to make codes")
+    groups, size = talker.num_code_groups, talker.code_predictor.vocab_size
+    if codec.num_codebooks != groups or codec.codebook_size > size:
+        raise RecipeError(
+            f"codec={given['codec']} has {codec.num_codebooks} codebooks of {codec.codebook_size} codes, "
+            f"and this Talker says {groups} of {size}"
+        )
+    return codec
 
 
 def settings_of(omni: Omni, given: dict[str, str]) -> SpeakSettings:
@@ -82,9 +112,20 @@ def settings_of(omni: Omni, given: dict[str, str]) -> SpeakSettings:
 
 
 def answer(
-    omni: Omni, tokenizer: Tokenizer, prompt: Batch, settings: SpeakSettings, out: Path, seed: int
+    omni: Omni,
+    tokenizer: Tokenizer,
+    prompt: Batch,
+    settings: SpeakSettings,
+    out: Path,
+    seed: int,
+    codec: Codec | None = None,
 ) -> tuple[str, Tensor]:
-    """Print the text as it comes, write the voice, say how long it took. Returns both."""
+    """Print the text as it comes, write the voice, say how long it took. Returns both.
+
+    With a `codec` it makes the sound: packet by packet where it can, else at the end.
+    """
+    stream = codec.stream() if isinstance(codec, KMeansCodec) else None
+    codes = []
     generator = torch.Generator(prompt.token_ids_T.device).manual_seed(seed)
     began, first_token, first_packet = time.monotonic(), 0.0, 0.0
     tokens: list[int] = []
@@ -101,9 +142,18 @@ def answer(
             text = tokenizer.decode(tokens).rstrip("\ufffd")  # half a character waits for the rest
             print(text[len(shown) :], end="", flush=True)
             shown = text
+        elif codec is not None and piece.codes_GT is not None:
+            if stream is None:
+                codes.append(piece.codes_GT.cpu())
+                continue
+            waves.append(stream.push(piece.codes_GT.cpu()))
+            first_packet = first_packet or time.monotonic() - began
         elif piece.wave_S is not None:
             first_packet = first_packet or now
             waves.append(piece.wave_S.float().cpu())
+    if codec is not None:
+        waves.append(stream.finish() if stream else codec.decode(torch.cat(codes, 1)) if codes else torch.empty(0))
+        first_packet = first_packet or time.monotonic() - began
     total, wave_S = time.monotonic() - began, torch.cat(waves)
     print()
     report = f"time to first token {first_token:.2f} s" if tokens else "no answer"
@@ -114,7 +164,7 @@ def answer(
             raise DataError(f"out={out}: cannot be written: {error}") from None
         seconds = len(wave_S) / SAMPLE_RATE
         report += f", to first packet {first_packet:.2f} s; {seconds:.1f} s of sound in {out}, made in {total:.1f} s"
-    elif omni.code2wav is not None:
+    elif omni.code2wav is not None or codec is not None:
         report += f"; no sound, {out} was not written"
     print(report, file=sys.stderr)
     return shown, wave_S

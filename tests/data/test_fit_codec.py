@@ -106,6 +106,16 @@ def test_every_member_that_is_sound_is_drawn(corpus):
     assert not drawn.left_out and not drawn.shortened
 
 
+def test_of_a_spoken_answer_only_the_answer_is_drawn(tmp_path):
+    speech = {"type": "speech", "speech": "speech.wav", "speaker": "one"}
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "yes"}, speech]}
+    question = {"role": "user", "content": [{"type": "audio", "audio": "wav"}]}
+    media = {"wav": encode(voice(2.0, 1), 16_000), "speech.wav": encode(voice(1.2, 2), 16_000)}
+    records = [SampleRecord(f"s{i:02d}", [question, answer], media) for i in range(30)]
+    drawn = draw(Corpus.open([shards(tmp_path, records)]), FitSettings(codebook_size=8, max_seconds=1000), quiet=True)
+    assert {len(wave) / 1920 for wave in [*drawn.used, *drawn.held_out]} == {15.0}
+
+
 def test_drawing_stops_and_follows_the_seed(corpus):
     def first(seed: int) -> torch.Tensor:
         return draw(Corpus.open([corpus]), FitSettings(codebook_size=8, max_seconds=12, seed=seed), quiet=True).used[0]

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from data.hidden import hidden_path
+from data.kmeans_codec import CodecSettings
 from data.shards import write_shards
 from launch import cache_hidden, convert, speak
 from launch.loading import load_model
@@ -19,6 +20,7 @@ from launch.prompt import Medium, conversation
 from models.generate import TextDecoding
 from models.speak import SpeakSettings
 from tests.data.corpus_kit import mixed
+from tests.data.test_kmeans_codec import write as write_codec
 from tests.launch.tiny_omni import tiny_tokenizer, write_omni
 
 MEDIA = Path(__file__).resolve().parents[2] / "../shared/data/media"
@@ -90,6 +92,24 @@ def test_a_thinker_alone_answers_by_text(folder, tmp_path, capsys):
     said, wave = speak.answer(omni, tokenizer, prompt, SpeakSettings("", 9, 9), tmp_path / "a.wav", 0)
     assert said == "" and not len(wave) and "no answer" in capsys.readouterr().err
     assert run(tmp_path / "thinker", "text=hello", f"out={tmp_path}/a.wav") == 0
+
+
+def test_a_codec_makes_the_sound(folder, tmp_path, capsys):
+    """Whole frames of sound; another codec than the Talker's is refused before anything is made."""
+    sizes = CodecSettings(codebooks=4, codebook_size=64, dimensions=24, width=24, layers=4)
+    codec, out = write_codec(tmp_path / "codec", sizes), tmp_path / "answer.wav"
+    assert run(folder, "text=hello", f"codec={codec}", f"out={out}") == 0
+    wave, rate = soundfile.read(out)
+    assert rate == 24_000 and len(wave) % 1920 == 0 and 0 < len(wave) <= 0.6 * rate and np.abs(wave).max() > 0.001
+    assert run(folder, "text=hello", f"codec={codec}", "levels=1", f"out={tmp_path}/first.wav") == 0
+    first, _ = soundfile.read(tmp_path / "first.wav")
+    assert len(first) == len(wave) and not np.array_equal(first, wave)
+    other = write_codec(tmp_path / "other", replace(sizes, codebooks=3))
+    capsys.readouterr()
+    assert run(folder, "text=hello", f"codec={other}") == 2
+    assert "has 3 codebooks of 64 codes, and this Talker says 4 of 64" in capsys.readouterr().err
+    assert run(folder, "text=hello", "levels=2") == 2
+    assert "levels= is for codec=FOLDER" in capsys.readouterr().err
 
 
 def test_pictures_and_text(folder, tmp_path, capsys):
