@@ -145,6 +145,12 @@ class ShardCodes:
             raise BadSample("its codec codes have changed since they were made (crc32 differs)")
         return torch.from_numpy(codes.reshape(-1, self.num_codebooks).T.astype(np.int64, order="C"))
 
+    @property
+    def speakers(self) -> set[str]:
+        """Who speaks in the samples that have codes; "" where that is unknown."""
+        spoken = np.diff(self._offsets) > 0
+        return {self.about["speakers"][code] for code in np.unique(self._speakers[spoken]).tolist()}
+
     def speaker(self, row: int) -> str:
         """Who speaks in sample `row`, "" where that is unknown or it has no codes."""
         return self.about["speakers"][self._speakers[row]]

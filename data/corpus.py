@@ -38,6 +38,7 @@ class Corpus:
         codec: str = "",
     ) -> None:
         self.codec = codec  # identity of the codec whose codes are read with the samples; empty for none
+        self.speakers: frozenset[str] = frozenset()  # of their speech; known to who opened the corpus
         self.paths = tuple(map(str, paths))  # or addresses
         self.store = store or Store(StoreSettings(cache_gb=0))
         self.names = tuple(names)  # of the shards, as they appear in the names of samples
@@ -65,7 +66,7 @@ class Corpus:
         paths = store.expand(patterns)
         names = _short_names(paths)
         _fetch_indexes(store, paths)
-        counts, digest = [0], hashlib.sha256()
+        counts, digest, speakers = [0], hashlib.sha256(), set()
         for path, name in zip(paths, names, strict=True):
             index = ShardIndex.open(path, store)
             index.verify()
@@ -79,7 +80,10 @@ class Corpus:
             if codec:
                 codes = ShardCodes.open(path, index, codec, store=store)
                 digest.update(codec.encode() + codes.frames(slice(None)).tobytes())
-        return cls(paths, names, np.cumsum(counts, dtype=np.int64), digest.hexdigest(), store, codec)
+                speakers |= codes.speakers
+        corpus = cls(paths, names, np.cumsum(counts, dtype=np.int64), digest.hexdigest(), store, codec)
+        corpus.speakers = frozenset(speakers)
+        return corpus
 
     def __reduce__(self) -> tuple:
         """Travel without open files."""

@@ -158,8 +158,11 @@ def open_reader(recipe: Recipe, tokenizer: Tokenizer, model: ThinkerConfig | Omn
     """The shards, and what reads them; with the answers' codes where a phase `speaks`."""
     data = recipe.data
     codec = codec_of(data.codec, model) if speaks else ""
+    corpus = Corpus.open(data.shards, tokenizer.fingerprint, data.store, codec)
+    if speaks:
+        check_speakers(corpus, model)
     return Reader(
-        Corpus.open(data.shards, tokenizer.fingerprint, data.store, codec),
+        corpus,
         tokenizer,
         seed=recipe.seed,
         layout=model_layout(model, tokenizer),
@@ -185,6 +188,18 @@ def codec_of(folder: str, model: ThinkerConfig | OmniConfig) -> str:
             f"model.talker.code_predictor.vocab_size={size} is less"
         )
     return codec.identity
+
+
+def check_speakers(corpus: Corpus, model: ThinkerConfig | OmniConfig) -> None:
+    """Raise DataError for voices in the shards that the model's Talker has no id for."""
+    assert isinstance(model, OmniConfig) and model.talker is not None, "recipes check that who speaks has a talker"
+    if unknown := sorted(corpus.speakers - set(model.talker.speaker_id)):
+        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+        raise DataError(
+            f"data.shards: answers are spoken by {', '.join(name or 'nobody that is named' for name in unknown[:5])}"
+            f"{more}, but model.talker.speaker_id names {', '.join(model.talker.speaker_id) or 'nobody'}; give every "
+            "speaker an id there"
+        )
 
 
 def thinker_of(model: ThinkerConfig | OmniConfig) -> ThinkerConfig:

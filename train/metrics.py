@@ -131,6 +131,11 @@ def load(share_LE: Tensor) -> list[float]:
     return [round(value, 4) for value in (share_LE.amax(1) * share_LE.shape[1]).tolist()]
 
 
+def worst_load(line: Mapping[str, Any]) -> float:
+    """Of all decoders of a step's line."""
+    return max(max(loads) for name, loads in line.items() if name.endswith("expert_load"))
+
+
 def cut_after(path: Path, step: int) -> None:
     """Drop the lines of later steps, and a half-written last line."""
     if not path.exists():
@@ -177,7 +182,7 @@ def draw_curves(folder: Path) -> Path | None:
         "loss per target (nats)": [line["mean_loss"] for line in steps],
         "gradient norm before clipping": [line["grad_norm"] for line in steps],
         "learning rate": [line["lr"] for line in steps],
-        "busiest expert over the mean (worst layer)": [max(line["expert_load"]) for line in steps],
+        "busiest expert over the mean (worst layer)": [worst_load(line) for line in steps],
     }
     for axis, (title, values) in zip(axes.flat, panels.items(), strict=True):
         axis.plot(at, values, color="tab:blue", linewidth=1.2)
