@@ -10,6 +10,8 @@
     python -m data.convert text     FILE_OR_FOLDER OUT       .txt, .jsonl
     python -m data.convert wavs     FOLDER_OR_TAR OUT        {label}_{speaker}_{n}.wav
 
+With --speak a recording is the spoken answer to "Say: {text}", for the Talker, and not what is heard and transcribed.
+
     source --data.sources*, data.convert_hf--> rows --data.convert_run, convert_jobs--> OUT/{split}/shard-000000.tar
       --data.convert_journal--> OUT/convert.jsonl, and OUT/tokenizer: a copy of --tokenizer, or trained on the texts
 
@@ -30,7 +32,7 @@ from typing import Any
 from data.convert_hf import hf_dataset, home_of
 from data.convert_run import convert
 from data.errors import DataError
-from data.sources import Common, MediaFolder, Source
+from data.sources import SAY, Common, MediaFolder, Source
 from data.sources_chat import Chat, Manifest
 from data.sources_files import labelled_clips, texts
 from data.sources_lhotse import lhotse
@@ -50,6 +52,7 @@ KINDS = {
     "text": "plain text: .txt or .jsonl, a file or a folder",
     "wavs": "a folder or tar of {label}_{speaker}_{n}.wav",
 }
+_TRANSCRIBED = ("manifest", "kaldi", "lhotse", "nemo", "wavs")  # recordings with transcripts
 _COLUMNS = ("audio", "image", "video", "text", "messages")
 _NOT_IN_PLAN = ("out", "workers", "dry_run", "tokenizer")  # options that do not shape the result, or are told otherwise
 
@@ -72,12 +75,17 @@ def read_source(options: argparse.Namespace) -> Mapping[str, Source]:
     if not media.is_dir() and not (options.kind == "hf" and (options.hub or not options.media)):
         raise DataError(f"{media}: no such folder" if options.media else f"{path}: no such file or folder")
     stem = (path if path.exists() or options.kind == "hf" and options.hub else media).name.partition(".")[0]
+    speak = options.kind in _TRANSCRIBED and options.speak
+    if speak and "{text}" not in (SAY if options.instruction is None else options.instruction):
+        raise DataError(f"--instruction {options.instruction}: with --speak it must hold {{text}}, the transcript")
     common = Common(
         MediaFolder(media, options.allow_outside),
         source=options.source_name or stem,
         language=options.language,
         instruction=options.instruction,
         sound=options.sound,
+        speaker=options.speaker if options.kind in _TRANSCRIBED else "",
+        speak=speak,
     )
     if options.kind == "wavs":
         heldout = [name for name in options.eval_speaker.split(",") if name]
@@ -129,6 +137,9 @@ def _add_own(kind: argparse.ArgumentParser, name: str) -> None:
             kind.add_argument(f"--{column}-column", default="", help="where its type and usual names do not tell")
     elif name == "text":
         kind.add_argument("--lines", action="store_true", help="a line of .txt is a document, not a file")
+    if name in _TRANSCRIBED:
+        kind.add_argument("--speak", action="store_true", help="text to speech: recordings are spoken answers")
+        kind.add_argument("--speaker", default="", help="speaker of samples that name none")
 
 
 def _add_common(kind: argparse.ArgumentParser) -> None:
@@ -138,7 +149,7 @@ def _add_common(kind: argparse.ArgumentParser) -> None:
     kind.add_argument("--allow-outside", action="store_true", help="media may lie outside that folder")
     kind.add_argument("--source", dest="source_name", default="", help="name of the source; else the file's")
     kind.add_argument("--language", default="", help="language code of samples that name none")
-    kind.add_argument("--instruction", help="what the user asks beside media; else what suits their kind")
+    kind.add_argument("--instruction", help=f"what the user asks beside media; with --speak: {SAY}")
     kind.add_argument("--sound", action="store_true", help="films are heard as well as seen")
     kind.add_argument("--tokenizer", type=Path, help="folder with a tokenizer.json; else one is trained")
     kind.add_argument("--vocab-size", type=int, default=512, help="of the trained tokenizer")

@@ -23,7 +23,7 @@ from data.costs import AUDIO, FILM, IMAGE, VIDEO
 from data.document import MediaLimits
 from data.errors import BadSample, DataError
 from data.index import build_index, measure
-from data.sample import SampleRecord, media_of, parse_sample
+from data.sample import SampleRecord, media_of, parse_sample, speech_of
 from data.shard_index import ShardIndex, index_path
 from data.shards import write_tar
 from data.sources import Source, Span
@@ -51,6 +51,7 @@ class Totals:
     images: int = 0
     videos: int = 0
     text_tokens: int = 0
+    spoken: int = 0  # samples whose answer has speech
 
     def add(self, other: Totals) -> None:
         """Add another's sums."""
@@ -173,6 +174,7 @@ class Work:
         record = parse_sample(key, payload)
         totals = Totals(1, 0, len(payload) + sum(map(len, media.values())))
         totals.text_tokens = count_text_tokens(record, self.tokenizer)
+        totals.spoken = int(speech_of(record) is not None)
         for medium in media_of(record):
             size = measure(medium, media[medium.extension], self.limits)
             totals.audio_seconds += size.samples / SAMPLE_RATE
@@ -211,4 +213,5 @@ def _totals_of(index: ShardIndex) -> Totals:
         images=int((kinds == IMAGE).sum()),
         videos=int(np.isin(kinds, (VIDEO, FILM)).sum()),
         text_tokens=int(columns["text_tokens"].sum()),
+        spoken=len(index.speech_rows()),
     )

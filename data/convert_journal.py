@@ -79,7 +79,8 @@ class Journal:
         if begun.get("format") != FORMAT:
             raise DataError(f"{self.out}: was begun by another version of the converter; write to another folder")
         old, new = begun["options"], plan["options"]
-        changed = [name for name in new if old.get(name) != new[name]]
+        # an option that another version did not have yet is one that was not given
+        changed = [name for name in new if (old.get(name) or None) != (new[name] or None)]
         if changed:
             was = ", ".join(f"{name} was {old.get(name)}, is {new[name]}" for name in changed)
             raise DataError(f"{self.out}: was begun with other options: {was}; give the same or another folder")

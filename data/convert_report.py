@@ -60,6 +60,8 @@ class Summary:
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         table = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
         lines = ["would be written:" if self.dry else "", *table] if self.dry else table
+        if spoken := self.total.spoken:
+            lines.append(f"answers with speech: {spoken}; python -m data.codes decodes and encodes them")
         reasons = sum(self.left_out.values(), Counter())
         if reasons:
             lines.append("left out, by reason:")

@@ -1,13 +1,14 @@
 """The demo's corpus: shapes, sounds and films, asked about and told in text and speech of 14 languages, as shards.
 
     python -m data.demo OUT [--samples 20000] [--heldout 20] [--languages en,de,...] [--tasks choice,match,...]
-                            [--seed 0] [--workers 1] [--vocab-size 4096]
+                            [--speech] [--seed 0] [--workers 1] [--vocab-size 4096]
 
     settings --demo_plan: tasks, demo_studio: scenes, sentences, voices--> samples without media
       --demo_render: numpy, espeak-ng, Pillow, FFmpeg, in `workers` processes--> OUT/{train,voices,sentences,scenes}
     texts of train --> OUT/tokenizer
 
 `--tasks transcription` alone is the corpus of the recipe "demo": counted animals in five languages, 640 tokens.
+`--speech` adds tasks whose answers are spoken, for the Talker; `--tasks reading` is a text-to-speech corpus alone.
 `train` has no voice of `voices`, no statement of `sentences` and no picture, film or sequence of sounds of `scenes`.
 A corpus appears under its name only when it is whole, and one that is there already is kept. The same settings give
 the same bytes with the same libraries, whatever `workers` is. Cost: 12 ms of a core and 24 KB of disk a sample.
@@ -32,6 +33,7 @@ from tqdm import tqdm
 from data.chat import rendered_texts
 from data.demo_plan import Planned, Settings, plan
 from data.demo_render import render
+from data.demo_spoken import KNOWN_TASKS, SPOKEN
 from data.demo_tasks import TASKS
 from data.demo_words import LANGUAGES
 from data.errors import DataError
@@ -121,6 +123,7 @@ def _render_chunk(chunk: Sequence[Planned], seed: int) -> list[SampleRecord]:
 def parse_settings(options: argparse.Namespace) -> Settings:
     """Settings of a command line; what it leaves out depends on whether transcription alone is asked for."""
     tasks = tuple(options.tasks.split(","))
+    tasks += tuple(task for task in SPOKEN if options.speech and task not in tasks)
     default = TRANSCRIPTION if tasks == TRANSCRIPTION.tasks else Settings()
     return Settings(
         samples=default.samples if options.samples is None else options.samples,
@@ -139,7 +142,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--samples", type=int, help="training samples: 20000, of transcription alone 4000")
     parser.add_argument("--heldout", type=int, default=Settings.heldout, help="samples a language in each held-out set")
     parser.add_argument("--languages", help=f"of {','.join(LANGUAGES)}; all, of transcription alone the first five")
-    parser.add_argument("--tasks", default=",".join(TASKS), help=f"of {','.join(TASKS)}; all")
+    parser.add_argument("--tasks", default=",".join(TASKS), help=f"of {','.join(KNOWN_TASKS)}; all but the last two")
+    parser.add_argument("--speech", action="store_true", help=f"also {' and '.join(SPOKEN)}, whose answers are spoken")
     parser.add_argument("--seed", type=int, default=Settings.seed)
     parser.add_argument("--workers", type=int, default=1, help="processes; they change no result")
     parser.add_argument("--vocab-size", type=int, help="of the tokenizer: 4096, of transcription alone 640")

@@ -33,11 +33,11 @@ def encode_image(frame_HWC: np.ndarray, extension: str) -> bytes:
     return file.getvalue()
 
 
-def encode_sound(wave_S: np.ndarray, extension: str) -> bytes:
-    """float32 [S] at 16 kHz, or int16, -> flac of 16 bits, or mp3."""
+def encode_sound(wave_S: np.ndarray, extension: str, rate: int = SAMPLE_RATE) -> bytes:
+    """float32 [S], or int16, -> flac of 16 bits, or mp3."""
     file = io.BytesIO()
     kind = {"flac": ("FLAC", "PCM_16"), "mp3": ("MP3", "MPEG_LAYER_III")}[extension]
-    soundfile.write(file, wave_S, SAMPLE_RATE, format=kind[0], subtype=kind[1])
+    soundfile.write(file, wave_S, rate, format=kind[0], subtype=kind[1])
     return file.getvalue()
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from data.chat import transcription
 from data.demo_docs import documents
+from data.demo_spoken import KNOWN_TASKS
 from data.demo_studio import Medium, Studio, heldout
 from data.demo_tasks import TASKS
 from data.demo_utterances import plan_utterances
@@ -33,11 +34,11 @@ class Settings:
     languages: tuple[str, ...] = tuple(LANGUAGES)
     seed: int = 0
     vocab_size: int = 4096
-    tasks: tuple[str, ...] = tuple(TASKS)
+    tasks: tuple[str, ...] = tuple(TASKS)  # those with spoken answers only where they are asked for
 
     def check(self) -> None:
         """Raise DataError unless a corpus can be made so."""
-        for option, given, known in (("--languages", self.languages, LANGUAGES), ("--tasks", self.tasks, TASKS)):
+        for option, given, known in (("--languages", self.languages, LANGUAGES), ("--tasks", self.tasks, KNOWN_TASKS)):
             unknown = [name for name in given if name not in known]
             if unknown or not given:
                 raise DataError(f"{option} {','.join(given)}: unknown; known are {', '.join(known)}")
@@ -89,13 +90,13 @@ def plan(settings: Settings) -> dict[str, list[Planned]]:
 
 def _counts(settings: Settings) -> dict[str, int]:
     """Training samples of each task: shares rounded, what it needs at least, together as many as asked."""
-    total = sum(TASKS[task].share for task in settings.tasks)
+    total = sum(KNOWN_TASKS[task].share for task in settings.tasks)
     counts, left, share_left = {}, settings.samples, total
     for place, task in enumerate(settings.tasks):
         waiting = sum(map(settings.least, settings.tasks[place + 1 :]))
-        count = round(left * TASKS[task].share / share_left)
+        count = round(left * KNOWN_TASKS[task].share / share_left)
         counts[task] = min(max(count, settings.least(task)), left - waiting)
-        left, share_left = left - counts[task], share_left - TASKS[task].share
+        left, share_left = left - counts[task], share_left - KNOWN_TASKS[task].share
     return counts
 
 
@@ -140,7 +141,7 @@ def _made_up(settings: Settings, counts: dict[str, int], texts: list[str]) -> It
 
 def _held_out(settings: Settings, split: str, transcribed: list[Planned], texts: list[str]) -> list[Planned]:
     """A held-out set: in each language as many samples as asked, the tasks that are in it in turn."""
-    tasks = [task for task in settings.tasks if split in TASKS[task].heldout]
+    tasks = [task for task in settings.tasks if split in KNOWN_TASKS[task].heldout]
     spoken = {
         code: iter([planned for planned in transcribed if planned.record.language == code])
         for code in settings.languages
@@ -164,7 +165,7 @@ def _held_out(settings: Settings, split: str, transcribed: list[Planned], texts:
 
 def _make(settings: Settings, split: str, number: int, task: str, language: str) -> Planned:
     studio = Studio(settings.seed, split, number, language, settings.languages)
-    make = TASKS[task].make
+    make = KNOWN_TASKS[task].make
     assert make is not None
     made = make(studio)
     turns = "role" in made[0]

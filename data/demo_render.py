@@ -1,11 +1,12 @@
 """What a sample's media will hold, turned into their bytes.
 
     Picture --draw--> png, jpg, webp      Film, Narrated --draw; sound, speech--> mp4
+    Answer --espeak-ng--> 22,050 Hz --> flac
     Speech --espeak-ng--> 16 kHz --> flac, mp3      Sounds, Recording --synthesis--> flac, mp3
 
 Cost of one: 1 ms a picture, 15 ms a film, 3 ms a spoken flac, 15 ms more an mp3, 0.1 s for 10 minutes of a recording.
 
-Shapes: S samples at 16 kHz.
+Shapes: S samples at 16 kHz, or of an Answer at 22,050 Hz.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from data.audio import SAMPLE_RATE
 from data.demo_media import encode_film, encode_image, encode_sound
 from data.demo_scenes import Film, Picture, draw_film, draw_picture
 from data.demo_sounds import make_sequence, make_sound
-from data.demo_studio import Medium, Narrated, Recording, Speech
+from data.demo_studio import Answer, Medium, Narrated, Recording, Speech
 from data.espeak import Synthesizer
 
 _TIMES_A_MINUTE = 4
@@ -36,6 +37,10 @@ def render(medium: Medium, extension: str, espeak: Synthesizer) -> bytes:
         return _film(content, rng, espeak)
     if isinstance(content, Speech):
         return encode_sound(_spoken(content, espeak), kind)
+    if isinstance(content, Answer):
+        said = content.speech
+        wave_S = espeak.speak(said.text, said.speaker, said.rate, said.pitch)
+        return encode_sound(wave_S, kind, espeak.sample_rate)
     if isinstance(content, Recording):
         return encode_sound(_recording(content, rng, espeak), kind)
     return encode_sound(make_sequence(content.names, rng), kind)

@@ -31,6 +31,7 @@ from data.demo_words import LANGUAGES
 
 TRAIN_VARIANTS = ("", "f1", "f2", "f3", "f5", "m1", "m3", "m4", "m6", "m7", "Annie", "Denis")
 HELDOUT_VARIANTS = ("f4", "m2", "steph")
+SPEAKERS = {"f1": ("f1", 50), "f2": ("Annie", 50), "m1": ("m1", 40), "m2": ("m7", 65)}  # variant and pitch
 SHARE_HELDOUT = 8  # one in so many
 _MOST_TRIES = 100_000  # a bound on a mistake in a task: what is asked for comes up within some hundred
 _Made = TypeVar("_Made")
@@ -44,6 +45,13 @@ class Speech:
     speaker: str  # voice and variant of espeak-ng, as "de+f2"
     rate: int  # words a minute
     pitch: int  # 0 to 99
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer that one of a language's few named speakers says, "de_f1"; kept at espeak-ng's own rate."""
+
+    speech: Speech
 
 
 @dataclass(frozen=True)
@@ -82,7 +90,7 @@ class Recording:
 class Medium(NamedTuple):
     """What a member of a sample will hold; `seed` is for what cannot be asked about."""
 
-    content: Picture | Film | Narrated | Speech | Sounds | Recording
+    content: Picture | Film | Narrated | Speech | Answer | Sounds | Recording
     seed: int
 
 
@@ -249,7 +257,17 @@ class Studio:
         """A part that says `text`, aloud or in writing."""
         return self.speak(text) if spoken else write(text)
 
-    def ask(self, material: Sequence[dict], question: Sequence[dict], answer: str) -> list[dict]:
+    def say(self, text: str) -> list[dict]:
+        """The parts of an answer that is also spoken, by one of the language's named speakers."""
+        name = self.rng.choice(list(SPEAKERS))
+        variant, pitch = SPEAKERS[name]
+        speech = Speech(text, f"{self.words.voice}+{variant}", self.rng.randint(155, 190), pitch)
+        self.media["speech.flac"] = Medium(Answer(speech), 0)
+        speaker = f"{self.language}_{name}"
+        self.speaker = self.speaker or speaker  # where someone asks aloud, the sample is that voice's
+        return [write(text), {"type": "speech", "speech": "speech.flac", "speaker": speaker}]
+
+    def ask(self, material: Sequence[dict], question: Sequence[dict], answer: str | Sequence[dict]) -> list[dict]:
         """A conversation of one answer; the material before or after the question, now and then in a system turn."""
         reply = {"role": "assistant", "content": answer}
         place = self.rng.random()

@@ -4,7 +4,8 @@
 
 A task's name is its samples' "source". TASKS says how many of 1,000 training samples each makes, and in which held-out
 sets it is: `voices` hears voices, `sentences` statements and `scenes` sees and hears scenes that training does not.
-Transcription of counted animals (data.demo_utterances) and text (data.demo_docs) are planned apart.
+Transcription of counted animals (data.demo_utterances) and text (data.demo_docs) are planned apart, and tasks with
+spoken answers are data.demo_spoken's.
 """
 
 from __future__ import annotations
@@ -46,32 +47,32 @@ def translation(studio: Studio) -> list[dict]:
 def description(studio: Studio) -> list[dict]:
     """An image told in text."""
     picture = studio.picture()
-    return studio.ask([studio.show(picture)], [write(studio.words.describe)], _caption(studio, picture))
+    return studio.ask([studio.show(picture)], [write(studio.words.describe)], caption(studio, picture))
 
 
 def written_question(studio: Studio) -> list[dict]:
     """An image and a question in text."""
-    picture, question, answer = _picture_question(studio)
+    picture, question, answer = picture_question(studio)
     return studio.ask([studio.show(picture)], [write(question)], answer)
 
 
 def spoken_question(studio: Studio) -> list[dict]:
     """An image and a question in speech."""
-    picture, question, answer = _picture_question(studio)
+    picture, question, answer = picture_question(studio)
     return studio.ask([studio.show(picture)], [studio.speak(question)], answer)
 
 
 def sound_question(studio: Studio) -> list[dict]:
     """Sounds and a question in text."""
     sounds = studio.sounds()
-    question, answer = _sound_question(studio, sounds.names)
+    question, answer = sound_question_of(studio, sounds.names)
     return studio.ask([studio.ring(sounds)], [write(question)], answer)
 
 
 def spoken_sound_question(studio: Studio) -> list[dict]:
     """Sounds and a question in speech."""
     sounds = studio.sounds()
-    question, answer = _sound_question(studio, sounds.names)
+    question, answer = sound_question_of(studio, sounds.names)
     return studio.ask([studio.ring(sounds)], [studio.speak(question)], answer)
 
 
@@ -86,7 +87,7 @@ def film_sound_question(studio: Studio) -> list[dict]:
     film = studio.film(_FILM_SOUNDS)
     question, answer = studio.words.watch, told(film).said(studio.words)
     if film.sound in SOUNDS and studio.rng.random() < 0.6:
-        question, answer = _sound_question(studio, (film.sound,))
+        question, answer = sound_question_of(studio, (film.sound,))
     return studio.ask([studio.play(film)], [studio.put(question, studio.rng.random() < 0.6)], answer)
 
 
@@ -137,7 +138,7 @@ def choice(studio: Studio) -> list[dict]:
     words = studio.words
     first, second = studio.until(lambda: _two_told(studio))
     place = studio.rng.randrange(2)
-    material = [studio.show(first), studio.show(second), studio.speak(_caption(studio, (first, second)[place]))]
+    material = [studio.show(first), studio.show(second), studio.speak(caption(studio, (first, second)[place]))]
     return studio.ask(material, [write(words.which_told)], words.ordinal(place))
 
 
@@ -155,7 +156,7 @@ def conversation(studio: Studio) -> list[dict]:
         messages += [{"role": "user", "content": [*shown, part]}, {"role": "assistant", "content": answer}]
     if studio.rng.random() < 0.4:
         sounds = studio.sounds()
-        question, answer = _sound_question(studio, sounds.names)
+        question, answer = sound_question_of(studio, sounds.names)
         content = [studio.ring(sounds), studio.put(question, studio.rng.random() < 0.5)]
         messages += [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
     return messages
@@ -167,7 +168,7 @@ def document(studio: Studio) -> list[dict]:
     for kind in studio.rng.sample(("image", "image", "sound", "film", "film with sound", "speech"), k=3):
         if kind == "image":
             picture = studio.picture()
-            heading, part, text = words.picture, studio.show(picture), _caption(studio, picture)
+            heading, part, text = words.picture, studio.show(picture), caption(studio, picture)
         elif kind == "sound":
             sounds = studio.sounds()
             heading, part = words.sound, studio.ring(sounds)
@@ -216,7 +217,7 @@ TASKS = {
 }
 
 
-def _caption(studio: Studio, picture: Picture) -> str:
+def caption(studio: Studio, picture: Picture) -> str:
     """Every thing of a picture and where it is."""
     return studio.words.gap.join(here(place, thing).said(studio.words) for place, thing in picture.things)
 
@@ -225,7 +226,9 @@ def _things(picture: Picture) -> set:
     return {thing for _, thing in picture.things}
 
 
-def _picture_question(studio: Studio) -> tuple[Picture, str, str]:
+def picture_question(studio: Studio) -> tuple[Picture, str, str]:
+    """A picture, a question about it, and its answer."""
+
     def make() -> tuple[Picture, str, str] | None:
         picture = studio.picture()
         asked = _question(studio, picture)
@@ -255,7 +258,7 @@ def _question(studio: Studio, picture: Picture) -> tuple[str, str] | None:
     return statement.said(words), words.yes if asked in _things(picture) else words.no
 
 
-def _sound_question(studio: Studio, names: tuple[str, ...]) -> tuple[str, str]:
+def sound_question_of(studio: Studio, names: tuple[str, ...]) -> tuple[str, str]:
     """A question about sounds, and its answer."""
     words = studio.words
     beeps = [name for name in names if name not in SINGLE_SOUNDS]

@@ -10,7 +10,7 @@ Cost: milliseconds; it depends on the numbers of sources and languages alone.
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -55,6 +55,7 @@ def summary(survey: Survey) -> list[tuple[str, str]]:
             f"{hours(total.video_seconds)} in {total.videos:,} videos, {hours(total.sound_seconds)} of their "
             "sound heard",
         ),
+        *([("spoken", _spoken(survey))] if total.spoken else []),
         ("tokens", f"{total.tokens:,}"),
         ("left out", f"{survey.left_out.total():,} samples"),
         ("images become", images),
@@ -64,7 +65,7 @@ def summary(survey: Survey) -> list[tuple[str, str]]:
 
 
 def tables(survey: Survey) -> list[Table]:
-    """Tokens by source and language, lengths by media and by source, what was left out."""
+    """Tokens by source and language, lengths by media and by source, speech by speaker, what was left out."""
     found = [_tokens_table(survey)]
     for title, part in (
         ("lengths in tokens, by media (a film is a video whose sound is heard)", 1),
@@ -79,6 +80,9 @@ def tables(survey: Survey) -> list[Table]:
             rows[MAX_ROWS - 1 :] = [_lengths_row(f"({len(rows) - MAX_ROWS + 1} others)", rest)]
         total = _lengths_row("all", survey.lengths_by(None)["all"])
         found.append(Table(title, ["media" if part else "source", *_LENGTHS_HEADER], rows, total=total))
+    if survey.speech.speakers:
+        title = f"speech of answers, by the codec codes of {survey.speech.shards:,} shards"
+        found.append(speakers_table(title, survey.speech.speakers))
     if survey.left_out:
         common = survey.left_out.most_common()
         rows = [(f"{count:,}", survey.examples[reason]) for reason, count in common[:MAX_ROWS]]
@@ -86,6 +90,16 @@ def tables(survey: Survey) -> list[Table]:
             rows.append((f"{sum(count for _, count in rest):,}", f"({len(rest)} other reasons)"))
         found.append(Table("left out", ["samples", "for instance"], rows, words=(1,)))
     return found
+
+
+def speakers_table(title: str, speakers: Mapping[str, tuple[int, float]]) -> Table:
+    """Utterances and seconds of each speaker, those who speak longest first."""
+    ranked = sorted(speakers.items(), key=lambda item: (-item[1][1], item[0]))
+    rows = [[name or "(unknown)", f"{count:,}", hours(seconds)] for name, (count, seconds) in ranked]
+    if len(rows) > MAX_ROWS:
+        rest = [value for _, value in ranked[MAX_ROWS - 1 :]]
+        rows[MAX_ROWS - 1 :] = [[f"({len(rest)} others)", *_utterances(rest)]]
+    return Table(title, ["speaker", "utterances", "speech"], rows, total=["all", *_utterances(speakers.values())])
 
 
 def as_text(table: Table) -> str:
@@ -134,6 +148,15 @@ def as_json(survey: Survey) -> dict[str, Any]:
         "lengths": {
             name: {key: _lengths(lengths) for key, lengths in survey.lengths_by(part).items()}
             for name, part in (("all", None), ("media", 1), ("source", 0))
+        },
+        "speech": {
+            "answers": total.spoken,
+            "shards_with_codes": survey.speech.shards,
+            "speakers": [
+                {"speaker": name, "utterances": count, "seconds": seconds}
+                for name, (count, seconds) in sorted(survey.speech.speakers.items())
+            ],
+            "unusable_codes": survey.speech.unusable,
         },
         "left_out": [
             {"reason": reason, "samples": count, "example": survey.examples[reason]}
@@ -195,6 +218,22 @@ def _lengths_row(name: str, lengths: Lengths) -> list[str]:
     percentiles = [f"{lengths.percentile(percent):,}" for percent in PERCENTILES]
     mean = f"{lengths.tokens / samples:,.1f}"
     return [name, f"{lengths.samples:,}", f"{lengths.tokens:,}", mean, *percentiles, f"{lengths.longest:,}", *above]
+
+
+def _spoken(survey: Survey) -> str:
+    """How many answers have speech, and what is known of it."""
+    speech, count = survey.speech, f"{survey.total.spoken:,} answers have speech"
+    if speech.unusable:
+        return f"{count}; codes of {len(speech.unusable):,} shards cannot be used: {speech.unusable[0]}"
+    if not speech.shards:
+        return f"{count}; python -m data.codes tells by whom and how long"
+    coded = sum(utterances for utterances, _ in speech.speakers.values())
+    return f"{count}, {coded:,} of them have codec codes, of {len(speech.speakers):,} speakers"
+
+
+def _utterances(counts: Collection[tuple[int, float]]) -> list[str]:
+    """How many, and how long they are together."""
+    return [f"{sum(count for count, _ in counts):,}", hours(sum(seconds for _, seconds in counts))]
 
 
 def _sum(groups: Iterable[Totals]) -> Totals:

@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from data.errors import BadSample, DataError
-from data.sample import EXTENSIONS, MAX_JSON_BYTES, SampleRecord, check_record
+from data.sample import EXTENSIONS, MAX_JSON_BYTES, SPEECH, SampleRecord, check_record
 
 MAX_MEDIA_BYTES = 1 << 30
 MAX_KEY = 200
 INSTRUCTIONS = {"audio": "Transcribe.", "image": "Describe the image.", "video": "Describe the video."}
+SAY = "Say: {text}"  # what is asked where the answer is a recording of the text
 _KEY = re.compile(r"[^./\\\s][^./\\\n\r\0]{0,199}")  # a dot would end the key, a slash would open a folder
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|data:")
 
@@ -115,7 +116,7 @@ class MediaFolder:
         if _ADDRESS.match(path):
             raise BadSample(f"{kind} is an address, not a file: {path[:80]}")
         extension = path.rpartition(".")[2].lower()
-        if extension not in EXTENSIONS[kind]:
+        if extension not in EXTENSIONS["audio" if kind == "speech" else kind]:
             raise BadSample(f"unknown extension of {kind}: {path[-80:]}")
         return extension, self.inside(path)
 
@@ -132,11 +133,15 @@ class MediaFolder:
 
 
 class Media:
-    """The media of one sample while it is put together; parts hold their numbers until `item` names the members."""
+    """The media of one sample while it is put together; parts hold their numbers until `item` names the members.
+
+    Speech of an answer is apart from them: its member is named at once, and does not count.
+    """
 
     def __init__(self, folder: MediaFolder, sound: bool = False) -> None:
         self.folder, self.sound = folder, sound
         self.reads: list[tuple[str, Read]] = []
+        self.speech: dict[str, Read] = {}
         self._known: dict[tuple, int] = {}
 
     def part(self, kind: str, path: Any) -> dict[str, Any]:
@@ -146,6 +151,9 @@ class Media:
 
     def add(self, kind: str, extension: str, read: Read, name: Any) -> dict[str, Any]:
         """A part for bytes that `read` gives; equal names are the same bytes."""
+        if kind == "speech":
+            self.speech[SPEECH + extension] = read  # a second one is refused by `item`
+            return {"type": kind, kind: SPEECH + extension}
         number = self._known.setdefault((kind, name), len(self.reads))
         if number == len(self.reads):
             self.reads.append((extension, read))
@@ -185,7 +193,7 @@ class Media:
         if size > MAX_JSON_BYTES:
             raise BadSample(f"text too long: {size} bytes with what goes with it, the limit is {MAX_JSON_BYTES}")
         reads = {name: read for name, (_, read) in zip(names, self.reads, strict=True)}
-        return Item(record, reads, tuple(sorted(unread)))
+        return Item(record, reads | self.speech, tuple(sorted(unread)))
 
 
 @dataclass(frozen=True)
@@ -197,6 +205,28 @@ class Common:
     language: str = ""
     instruction: str | None = None  # what is asked beside media; None: what suits their kind
     sound: bool = False  # films are heard as well as seen
+    speaker: str = ""  # of rows that name none
+    speak: bool = False  # a recording is what the answer is to sound like, not what is heard
+
+    @property
+    def recording(self) -> str:
+        """The kind of part that a row's recording becomes."""
+        return "speech" if self.speak else "audio"
+
+    def transcribed(self, part: Mapping[str, Any], text: str, about: Mapping[str, str]) -> list[dict[str, Any]]:
+        """The conversation about a recording, a part of the kind `recording`, whose transcript is `text`.
+
+        Raises BadSample where it is to be spoken and has no transcript or no speaker.
+        """
+        if not self.speak:
+            return asked([part], self.instruction, text)
+        if not text.strip():
+            raise BadSample("no transcript: its text is empty")
+        if not about["speaker"]:
+            raise BadSample("no speaker: --speaker NAME is that of rows that name none")
+        wanted = (SAY if self.instruction is None else self.instruction).replace("{text}", text)
+        answer = [{"type": "text", "text": text}, {**part, "speaker": about["speaker"]}]
+        return [{"role": "user", "content": wanted}, {"role": "assistant", "content": answer}]
 
     def media(self) -> Media:
         """To put together one sample."""
@@ -204,7 +234,7 @@ class Common:
 
     def about(self, row: Mapping[str, Any]) -> dict[str, str]:
         """Language, source and speaker of a row. Raises BadSample where one is no string."""
-        found = {"language": self.language, "source": self.source, "speaker": ""}
+        found = {"language": self.language, "source": self.source, "speaker": self.speaker}
         for name in found:
             value = row.get(name)
             if value is not None and not isinstance(value, str):

@@ -64,18 +64,22 @@ class Manifest:
             raise BadSample('"key" must be a string')
         forms = [name for name in ("messages", "segments", "text") if name in row]
         kinds = [kind for kind in row if kind in EXTENSIONS]
+        if self.common.speak and (forms, kinds) != (["text"], ["audio"]):
+            raise BadSample('no recording with its transcript: --speak takes rows of "audio" and "text"')
         if len(forms) != 1 or (forms == ["text"]) != bool(kinds):
             raise BadSample('a row needs "text" and "audio", "image" or "video"; or "messages"; or "segments"')
         media, about = self.common.media(), self.common.about(row)
         key = row.get("key") or key
         if forms == ["messages"]:
-            check_messages(row["messages"])
+            check_messages(_with_members(row["messages"]))
             return media.item(key, messages=[_turn(turn, media) for turn in row["messages"]], about=about)
         if forms == ["segments"]:
             check_segments(row["segments"])
             return media.item(key, segments=_parts(row["segments"], media), about=about)
         if not isinstance(row["text"], str):
             raise BadSample('"text" must be a string')
+        if self.common.speak:
+            return self._spoken(row, key)
         sound = {"sound": row["sound"]} if "sound" in row else {}
         parts = [
             media.part(kind, path) | (sound if kind == "video" else {}) for kind in kinds for path in _list(row[kind])
@@ -83,6 +87,14 @@ class Manifest:
         if not parts:
             raise BadSample("no media: the list of files is empty")
         return media.item(key, messages=asked(parts, self.common.instruction, row["text"]), about=about)
+
+    def _spoken(self, row: Mapping[str, Any], key: str) -> Item:
+        """The item of a row whose recording is the answer."""
+        media, about, files = self.common.media(), self.common.about(row), _list(row["audio"])
+        if len(files) != 1:
+            raise BadSample(f"not one recording: --speak takes one, the row has {len(files)}")
+        part = media.part(self.common.recording, files[0])
+        return media.item(key, messages=self.common.transcribed(part, row["text"], about), about=about)
 
 
 @dataclass(frozen=True)
@@ -188,6 +200,8 @@ def _open_part(part: Any, waiting: Mapping[str, deque], place: Place) -> list[di
         return [{"type": "text", "text": content}] if isinstance(content, str) else content
     if kind == "image_url" and isinstance(part.get("image_url"), Mapping):
         return [place("image", part["image_url"].get("url"))]
+    if kind == "speech":
+        return [place(kind, _path(part.get(kind))) | _flags(part)]
     if kind not in EXTENSIONS:
         raise BadSample(f"part of an unknown type: {str(kind)[:40]!r}")
     named = part.get(kind) or part.get("path") or part.get("url")
@@ -244,6 +258,23 @@ def _loss(turn: Mapping[str, Any], role: Any) -> dict[str, bool]:
 def _turn(turn: Mapping[str, Any], media: Media) -> dict[str, Any]:
     content = turn["content"]
     return {**turn, "content": content if isinstance(content, str) else _parts(content, media)}
+
+
+def _with_members(messages: Any) -> Any:
+    """Messages as they will be: files of speech named as its members are, which `check_messages` insists on."""
+    if not isinstance(messages, list):
+        return messages
+    return [
+        {**turn, "content": [_with_member(part) for part in turn["content"]]}
+        if isinstance(turn, Mapping) and isinstance(turn.get("content"), list)
+        else turn
+        for turn in messages
+    ]
+
+
+def _with_member(part: Any) -> Any:
+    named = isinstance(part, Mapping) and part.get("type") == "speech" and isinstance(part.get("speech"), str)
+    return {**part, "speech": "speech.wav"} if named else part
 
 
 def _parts(parts: Iterable[Mapping[str, Any]], media: Media) -> list[dict[str, Any]]:

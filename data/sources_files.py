@@ -26,7 +26,6 @@ from data.sources import (
     Row,
     Source,
     Span,
-    asked,
     check_size,
     clean_key,
     distinct,
@@ -91,9 +90,10 @@ def _clip(name: str, read: Read, texts: Mapping[str, str], common: Common) -> It
         if texts and label not in texts:
             raise BadSample(f"label is not among --names: {label}")
         media = common.media()
-        part = media.add("audio", "wav", read, name)
-        messages = asked([part], common.instruction, texts.get(label, label))
-        return media.item(clean_key(stem), messages=messages, about=common.about({"speaker": speaker}))
+        about = common.about({"speaker": speaker})
+        part = media.add(common.recording, "wav", read, name)
+        messages = common.transcribed(part, texts.get(label, label), about)
+        return media.item(clean_key(stem), messages=messages, about=about)
     except BadSample as error:
         return error
 

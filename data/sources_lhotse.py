@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import BadSample, DataError
-from data.sources import Common, Item, asked, clean_key
+from data.sources import Common, Item, clean_key
 from data.sources_lines import LineSource
 from data.sources_speech import Lookup, number_of, recorded
 
@@ -53,13 +53,13 @@ class Cuts:
         if not texts:
             raise BadSample("no text: no supervision has one")
         media = self.common.media()
-        part = recorded(media, *_stretch(row, recording))
+        part = recorded(media, self.common.recording, *_stretch(row, recording))
         names = {
             name: {value for each in supervisions if isinstance(value := each.get(name), str)}
             for name in ("language", "speaker")
         }
         about = self.common.about({name: values.pop() for name, values in names.items() if len(values) == 1})
-        messages = asked([part], self.common.instruction, " ".join(texts))
+        messages = self.common.transcribed(part, " ".join(texts), about)
         return media.item(clean_key(str(row.get("id") or key)), messages=messages, about=about)
 
     def _recording(self, row: Mapping[str, Any]) -> Any:

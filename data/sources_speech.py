@@ -20,7 +20,7 @@ from typing import IO, Any
 import numpy as np
 
 from data.errors import BadSample, DataError
-from data.sources import Common, Item, Media, asked, clean_key
+from data.sources import Common, Item, Media, clean_key
 from data.sources_cut import read_cut
 from data.sources_lines import LineSource, lines_of
 
@@ -90,13 +90,13 @@ class KaldiText:
         if line is None:
             raise BadSample(f"not in wav.scp: {recording}")
         media = self.common.media()
-        part = recorded(media, _rest(line), start, seconds)
-        messages = asked([part], self.common.instruction, text.strip())
+        part = recorded(media, self.common.recording, _rest(line), start, seconds)
         found = {
             "speaker": self.speakers and self.speakers.get(name),
             "language": self.languages and self.languages.get(name),
         }
         about = self.common.about({kind: _rest(line) for kind, line in found.items() if line})
+        messages = self.common.transcribed(part, text.strip(), about)
         return media.item(clean_key(name), messages=messages, about=about)
 
     def _segment(self, name: str) -> tuple[str, float, float | None]:
@@ -133,23 +133,23 @@ class Nemo:
         start = number_of(row, "offset", 0.0)
         cut = "offset" in row and row["offset"] is not None
         seconds = number_of(row, "duration", None) if cut else None
-        part = recorded(media, row.get("audio_filepath"), start or 0.0, seconds)
+        part = recorded(media, self.common.recording, row.get("audio_filepath"), start or 0.0, seconds)
         language = row.get("lang") or row.get("language")
         about = self.common.about({"language": language, "speaker": row.get("speaker")})
         known = {"audio_filepath", "text", "offset", "duration", "lang", "language", "speaker"}
-        messages = asked([part], self.common.instruction, row["text"])
+        messages = self.common.transcribed(part, row["text"], about)
         return media.item(key, messages=messages, about=about, unread=sorted(set(row) - known))
 
 
 def recorded(
-    media: Media, path: Any, start: float, seconds: float | None, channel: int | None = None
+    media: Media, kind: str, path: Any, start: float, seconds: float | None, channel: int | None = None
 ) -> dict[str, Any]:
-    """A part for a recording, or for a stretch of one."""
+    """A part of `kind` ("audio" or "speech") for a recording, or for a stretch of one."""
     if start == 0 and seconds is None and channel is None:
-        return media.part("audio", path)
-    _, place = media.folder.find("audio", path)
+        return media.part(kind, path)
+    _, place = media.folder.find(kind, path)
     read = partial(read_cut, place, path, start, seconds, channel)
-    return media.add("audio", "flac", read, (place, start, seconds, channel))
+    return media.add(kind, "flac", read, (place, start, seconds, channel))
 
 
 def kaldi(folder: Path, common: Common) -> dict[str, LineSource]:

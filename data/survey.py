@@ -1,6 +1,7 @@
 """What a corpus holds, counted from its indexes alone: samples, hours, tokens, lengths.
 
     Corpus --windows of rows--> ShardIndex.costs --Sizing--> tokens --bincount--> Survey --data.report--> tables, JSON
+    NAME.tar.codes, where a shard has them --> who speaks in answers, and for how long
 
 No media is opened. Time is about 1 us a sample. Memory is one window and a few kilobytes for each pair of a source and
 a pattern (the kinds of media in a sample, such as "audio + image"), whatever the number of samples.
@@ -13,13 +14,16 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from data.audio import SAMPLE_RATE
+from data.code_store import ShardCodes, codes_location
 from data.corpus import Corpus
 from data.costs import AUDIO, FILM, IMAGE, KINDS, VIDEO, Costs, Sizing
+from data.errors import DataError
 from data.hashing import hashed
 from data.shard_index import ShardIndex
 
@@ -36,6 +40,7 @@ class Totals:
 
     samples: int = 0
     documents: int = 0  # samples that are no conversation
+    spoken: int = 0  # samples whose answer has speech
     text: int = 0  # tokens, as the next four; of text and around media
     audio: int = 0
     image: int = 0
@@ -106,6 +111,30 @@ class Lengths:
 
 
 @dataclass
+class Speech:
+    """What codec codes beside the shards say of the speech of answers; nothing else tells without opening media."""
+
+    shards: int = 0  # whose codes were read
+    speakers: dict[str, tuple[int, float]] = field(default_factory=dict)  # answers and seconds of each
+    unusable: list[str] = field(default_factory=list)  # why codes that are there could not be read, a line for each
+
+    def add(self, tar: str, index: ShardIndex) -> None:
+        """Count the codes beside a shard on disk, if there are any."""
+        if "://" in tar or not Path(codes_location(tar)).exists():
+            return
+        try:
+            codes = ShardCodes.open(tar, index)
+        except DataError as error:
+            self.unusable.append(str(error))
+            return
+        self.shards += 1
+        frames_N = codes.frames(slice(None))
+        for row in np.flatnonzero(frames_N).tolist():
+            count, seconds = self.speakers.get(name := codes.speaker(row), (0, 0.0))
+            self.speakers[name] = count + 1, seconds + int(frames_N[row]) / codes.about["frame_rate"]
+
+
+@dataclass
 class Survey:
     """What a corpus holds."""
 
@@ -118,6 +147,7 @@ class Survey:
     left_out: Counter[str]  # reasons, their numbers as N
     examples: dict[str, str]  # a whole line for each reason
     tokenizers: set[str]  # fingerprints
+    speech: Speech = field(default_factory=Speech)
 
     @property
     def total(self) -> Totals:
@@ -151,10 +181,13 @@ def survey(corpus: Corpus, sizing: Sizing, *, picks: int = 0, seed: int = 0, qui
                 reason = re.sub(r"\d+", "N", str(line).partition(": ")[2] or str(line))
                 found.left_out[reason] += 1
                 found.examples.setdefault(reason, str(line))
+            spoken = index.speech_rows()
+            if len(spoken):
+                found.speech.add(corpus.paths[shard], index)
             for first in range(0, index.num_samples, WINDOW):
                 rows = slice(first, min(first + WINDOW, index.num_samples))
                 costs = index.costs(rows)
-                patterns_N = _count(found, index, rows, costs)
+                patterns_N = _count(found, index, rows, costs, spoken)
                 if picks:
                     _pick(best, index, rows, patterns_N, int(corpus.offsets[shard]), picks, seed)
                 bar.update(rows.stop - rows.start)
@@ -167,8 +200,11 @@ def pattern_name(mask: int) -> str:
     return " + ".join(name for kind, name in enumerate(KINDS) if mask >> kind & 1) or "text only"
 
 
-def _count(found: Survey, index: ShardIndex, rows: slice, costs: Costs) -> np.ndarray:
-    """Add a window to what was found; returns the mask of media of each sample, int64 [N]."""
+def _count(found: Survey, index: ShardIndex, rows: slice, costs: Costs, spoken: np.ndarray) -> np.ndarray:
+    """Add a window to what was found; `spoken` are the shard's samples with speech, in order.
+
+    Returns the mask of media of each sample, int64 [N].
+    """
     sizes = found.sizing.sizes(costs)
     mask_N = np.zeros(len(costs.text_tokens_N), np.int64)
     for kind in range(len(KINDS)):
@@ -184,7 +220,9 @@ def _count(found: Survey, index: ShardIndex, rows: slice, costs: Costs) -> np.nd
     def by_medium(values_M: np.ndarray | None) -> np.ndarray:
         return np.bincount(cell_M, values_M, len(pairs_G) * len(KINDS)).reshape(len(pairs_G), len(KINDS))
 
-    samples, documents, text = map(by_sample, (None, costs.document_N, costs.text_tokens_N))
+    spoken_N = np.zeros(len(group_N))
+    spoken_N[spoken[slice(*np.searchsorted(spoken, (rows.start, rows.stop)))] - rows.start] = 1
+    samples, documents, text, said = map(by_sample, (None, costs.document_N, costs.text_tokens_N, spoken_N))
     media, heard, seen, sound, seconds = map(
         by_medium, (None, sizes.heard_M, sizes.seen_M, costs.samples_M, costs.seconds_M)
     )
@@ -192,6 +230,7 @@ def _count(found: Survey, index: ShardIndex, rows: slice, costs: Costs) -> np.nd
         totals = Totals(
             samples=int(samples[group]),
             documents=int(documents[group]),
+            spoken=int(said[group]),
             text=int(text[group]),
             audio=int(heard[group, AUDIO]),
             image=int(seen[group, IMAGE]),

@@ -65,7 +65,7 @@ def samples(folder: Path) -> dict[str, SampleRecord]:
     for path in sorted(folder.glob("*.tar")):
         index = ShardIndex.open(path)
         for row in range(index.num_samples):
-            content = index.read(row)
+            content = index.read(row, speech=True)
             record = parse_sample(index.key(row), content.pop("json"))
             record.media.update(content)  # type: ignore[attr-defined]
             assert record.key not in found

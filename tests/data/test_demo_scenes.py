@@ -213,7 +213,8 @@ def spoken_texts(code: str) -> list[str]:
     texts += [words.say(name, thing=RED) for name in ("appears", "vanishes", "recolours", "is_there")]
     texts += [words.say("collides", thing=RED, other=things[0]), words.sequence([words.heard(s) for s in SOUNDS])]
     texts += [words.say(name, place=place) for name in ("what_at", "colour_at", "shape_at") for place in PLACES]
-    texts += [words.say(name) for name in ("how_many", "watch", "hear", "how_many_beeps")]
+    texts += [words.say(name) for name in ("how_many", "watch", "hear", "how_many_beeps", "describe")]
+    texts += [words.yes, words.no]
     texts += [words.say("is_there", thing=words.heard(sound)) for sound in SINGLE_SOUNDS]
     return [*texts, *GRAMMARS[code].sentences(), *GRAMMARS[code].words()]
 
