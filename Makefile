@@ -4,7 +4,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup demo fsdd test test-slow check format clean
+.PHONY: setup demo fsdd fsdd-talker test test-slow check format clean
 .DEFAULT_GOAL := setup
 
 setup: .venv/.stamp
@@ -22,6 +22,9 @@ demo: .venv/.stamp  ## a tiny omni model learns five languages of synthetic spee
 FSDD ?= ../shared/data/fsdd_dev.tar
 fsdd: .venv/.stamp  ## real recordings: three speakers train, a fourth is never heard
 	@$(BIN)/python -m launch.fsdd $(FSDD)
+
+fsdd-talker: .venv/.stamp  ## the same recordings: a Talker says digits in three voices, and that recogniser checks it
+	@$(BIN)/python -m launch.fsdd_talker $(FSDD)
 
 test: .venv/.stamp
 	@$(BIN)/python -m pytest -q -m "not slow and not gpu"

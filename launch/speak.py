@@ -90,7 +90,7 @@ def codec_of(omni: Omni, given: dict[str, str]) -> Codec | None:
     if talker is None:
         raise RecipeError("codec= is given, but this model has no talker to make codes")
     groups, size = talker.num_code_groups, talker.code_predictor.vocab_size
-    if codec.num_codebooks != groups or codec.codebook_size > size:
+    if (codec.num_codebooks, codec.codebook_size) != (groups, size):
         raise RecipeError(
             f"codec={given['codec']} has {codec.num_codebooks} codebooks of {codec.codebook_size} codes, "
             f"and this Talker says {groups} of {size}"

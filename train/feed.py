@@ -182,10 +182,10 @@ def codec_of(folder: str, model: ThinkerConfig | OmniConfig) -> str:
             f"data.codec={folder} has {codec.num_codebooks} codebooks, and "
             f"model.talker.code_predictor.num_code_groups={groups}; they must be equal"
         )
-    if codec.codebook_size > size:
+    if codec.codebook_size != size:
         raise DataError(
             f"data.codec={folder} has {codec.codebook_size} codes in a codebook, and "
-            f"model.talker.code_predictor.vocab_size={size} is less"
+            f"model.talker.code_predictor.vocab_size={size}; they must be equal"
         )
     return codec.identity
 

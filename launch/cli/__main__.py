@@ -8,7 +8,7 @@ import runpy
 import sys
 from pathlib import Path
 
-COMMANDS = ("evaluate", "convert", "speak", "cache_hidden", "demo", "fsdd")
+COMMANDS = ("evaluate", "convert", "speak", "cache_hidden", "voice", "demo", "fsdd", "fsdd_talker")
 
 
 def main() -> int:

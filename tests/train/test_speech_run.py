@@ -25,6 +25,7 @@ TALKER = [
     "model.talker.text.num_hidden_layers=1",
     "model.talker.code_predictor.num_hidden_layers=1",
     "model.talker.code_predictor.num_code_groups=3",
+    "model.talker.code_predictor.vocab_size=16",
     "model.talker.speaker_id={ann: 300, bob: 301}",
 ]
 
@@ -111,6 +112,7 @@ def test_a_stopped_run_goes_on_exactly(stop: int, folder: Path, unbroken: Path, 
     [
         (["model.talker.speaker_id={ann: 300}"], "answers are spoken by bob, but model.talker.speaker_id names ann"),
         (["model.talker.code_predictor.num_code_groups=4"], "has 3 codebooks, and model.talker.code_predictor.num_"),
+        (["model.talker.code_predictor.vocab_size=32"], "has 16 codes in a codebook, and model.talker.code_predictor"),
         (["data.codec=OTHER"], "its codes are those of codec kmeans/"),
         (["data.codec=''"], "phases.together.speech=detached: data.codec is not set"),
         (["data.codec=ABSENT"], "holds no codec: expected codec.json"),
