@@ -1,9 +1,15 @@
-"""Word error rate of any checkpoint of any engine.
+"""Evaluate any checkpoint of any engine: what it understands, and what its speech is like.
 
-    python -m launch.evaluate run=outputs/demo [suite=asr] [checkpoint=latest] [shards=corpus/*.tar] [KEY=VALUE ...]
+    python -m launch.evaluate run=RUN [suite=asr] [checkpoint=latest] [shards=corpus/*.tar] [KEY=VALUE ...]
+    python -m launch.evaluate run=RUN suite=tts recogniser=RUN2 [shards=PATTERN] [levels=N] [max_samples=N]
+        [speaker=NAME] [system=TEXT] [rewrite=FILE] [temperature=T] [seed=0] [max_seconds=20] [instruction=TEXT]
+        [out=FOLDER] [checkpoint=latest] [KEY=VALUE ...]
+    python -m launch.evaluate run=RUN suite=regression baseline=RUN0 recogniser=RUN2 [tolerance=0.05] [as for tts]
 
-Without `shards` it takes the sets of the run's recipe (eval.sets). Other settings change the recipe, for instance
-eval.max_samples=200 or engine.device=cpu. Prints a table and writes RUN/eval/SET-stepN.json.
+asr: word error rate of answers in text. tts: the Talker says the answers, a recogniser writes what it hears; accuracy
+of codes; likeness of voices. regression: tts of two runs, exit status 1 where the word error rate of the speech rose.
+Without `shards` the sets of the run's recipe (eval.sets) are taken. Other settings change the recipe, for instance
+eval.max_samples=200 or engine.device=cpu. Prints tables and writes below RUN/eval. docs/evaluate.md has it all.
 """
 
 from __future__ import annotations
@@ -13,46 +19,37 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from data.tokenizer import load_tokenizer
 from launch.arguments import guarded, parse
-from models.hf import released_pieces
-from train import ranks
-from train.checkpoint import CheckpointReader, choose
-from train.engines.build import build_engine
-from train.engines.setup import EngineSetup
-from train.errors import CheckpointError, RecipeError
+from launch.run_engine import open_run
+from launch.tts import regression, tts
+from train.errors import RecipeError
 from train.feed import open_evaluator
-from train.main import model_config
-from train.recipe import EngineConfig, Phase, load_saved
+
+SUITES = ("asr", "tts", "regression")
 
 
 def evaluate(argv: Sequence[str]) -> None:
-    """Load, answer, print, write. Raises this project's errors."""
+    """Run the suite that is asked for. Raises this project's errors."""
+    suite = next((word.partition("=")[2] for word in reversed(argv) if word.startswith("suite=")), "asr")
+    if suite not in SUITES:
+        raise RecipeError(f"suite={suite}: there is only {', '.join(SUITES)}")
+    {"asr": asr, "tts": tts, "regression": regression}[suite](argv)
+
+
+def asr(argv: Sequence[str]) -> None:
+    """Load, answer, print, write."""
     given, rest = parse(argv, {"run": None, "suite": "asr", "checkpoint": "latest", "shards": ""})
-    if given["suite"] != "asr":
-        raise RecipeError(f"suite={given['suite']}: there is only asr")
-    folder = Path(given["run"])
-    recipe = load_saved(folder / "recipe.yaml", rest)
-    recipe = replace(recipe, engine=EngineConfig(device=recipe.engine.device, precision=recipe.engine.precision))
+    opened = open_run(Path(given["run"]), rest)
+    recipe = opened.recipe
     if given["shards"]:
         recipe = replace(recipe, eval=replace(recipe.eval, sets={"shards": given["shards"].strip("[]").split(",")}))
     if not recipe.eval.sets:
-        raise RecipeError(f"{folder}/recipe.yaml has no eval.sets: give shards=PATTERN")
-    tokenizer = load_tokenizer(Path(recipe.data.tokenizer))
-    model = model_config(recipe, tokenizer)
-    evaluator = open_evaluator(recipe, tokenizer, model)
-    manifest = choose(folder, given["checkpoint"], wait_s=0)
-    if manifest is None:
-        raise CheckpointError(f"{folder}: no checkpoint yet")
-    device = ranks.choose_device(recipe.engine.device)
-    phase = Phase(steps=1)
-    engine = build_engine(
-        EngineSetup(model, recipe.engine, recipe.optim, recipe.loss, phase, "evaluate", recipe.seed, device)
-    )
-    engine.restore(CheckpointReader(manifest, released_pieces), optimizer_step=0)
-    for report in evaluator.reports(engine, manifest.step):
+        raise RecipeError(f"{opened.folder}/recipe.yaml has no eval.sets: give shards=PATTERN")
+    evaluator = open_evaluator(recipe, opened.tokenizer, opened.model)
+    engine, step = opened.engine(given["checkpoint"])
+    for report in evaluator.reports(engine, step):
         print(report.table())
-        print(f"  written to {report.write(folder / 'eval', manifest.step)}")
+        print(f"  written to {report.write(opened.folder / 'eval', step)}")
     engine.close()
 
 

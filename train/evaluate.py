@@ -112,7 +112,7 @@ class Evaluator:
             yield self._report(engine, name, prompts, step)
 
     def _report(self, engine: Engine, name: str, prompts: PromptSet, step: int) -> Report:
-        chosen = prompts.samples[_choose(len(prompts.samples), self.config.max_samples)].tolist()
+        chosen = prompts.samples[some_of(len(prompts.samples), self.config.max_samples)].tolist()
         groups = prompts.groups(chosen, self.config.batch_tokens)
         # summed over ranks: each fills its own rows with token ids, plus one
         mine = torch.zeros(len(chosen), self.config.max_new_tokens, dtype=torch.float64)
@@ -136,10 +136,10 @@ class Evaluator:
                     pairs.append((prompts.prompt(sample), text))
             except BadSample as error:
                 skipped.append(f"{prompts.reader.corpus.name(sample)}: {error.reason}")
-        return Report(name, step, _rows(pairs), _examples(pairs), tuple(skipped), prompts.num_documents)
+        return Report(name, step, error_rows(pairs), _examples(pairs), tuple(skipped), prompts.num_documents)
 
 
-def _choose(count: int, most: int) -> list[int]:
+def some_of(count: int, most: int) -> list[int]:
     """At most `most` of range(count): always the same random ones; a stride could meet one language only."""
     if not most or most >= count:
         return list(range(count))
@@ -159,7 +159,8 @@ def normalise(text: str) -> str:
     return " ".join("".join(out).split())
 
 
-def _rows(pairs: Sequence[tuple[Prompt, str]]) -> tuple[Row, ...]:
+def error_rows(pairs: Sequence[tuple[Prompt, str]]) -> tuple[Row, ...]:
+    """Word errors of answers: a row for each language, then one for all."""
     languages = sorted({prompt.language for prompt, _ in pairs})
     rows = [_row(name, [pair for pair in pairs if pair[0].language == name]) for name in languages]
     return (*rows, _row("all", pairs))
