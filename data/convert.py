@@ -10,7 +10,7 @@
     python -m data.convert text     FILE_OR_FOLDER OUT       .txt, .jsonl
     python -m data.convert wavs     FOLDER_OR_TAR OUT        {label}_{speaker}_{n}.wav
 
-With --speak a recording is the spoken answer to "Say: {text}", for the Talker, and not what is heard and transcribed.
+With --speak a recording is the spoken answer to "Say it.", for the Talker, and not what is heard and transcribed.
 
     source --data.sources*, data.convert_hf--> rows --data.convert_run, convert_jobs--> OUT/{split}/shard-000000.tar
       --data.convert_journal--> OUT/convert.jsonl, and OUT/tokenizer: a copy of --tokenizer, or trained on the texts
@@ -76,8 +76,8 @@ def read_source(options: argparse.Namespace) -> Mapping[str, Source]:
         raise DataError(f"{media}: no such folder" if options.media else f"{path}: no such file or folder")
     stem = (path if path.exists() or options.kind == "hf" and options.hub else media).name.partition(".")[0]
     speak = options.kind in _TRANSCRIBED and options.speak
-    if speak and "{text}" not in (SAY if options.instruction is None else options.instruction):
-        raise DataError(f"--instruction {options.instruction}: with --speak it must hold {{text}}, the transcript")
+    if speak and options.instruction is not None and not options.instruction.strip():
+        raise DataError("--instruction is empty: with --speak the user has to ask something")
     common = Common(
         MediaFolder(media, options.allow_outside),
         source=options.source_name or stem,
@@ -149,7 +149,9 @@ def _add_common(kind: argparse.ArgumentParser) -> None:
     kind.add_argument("--allow-outside", action="store_true", help="media may lie outside that folder")
     kind.add_argument("--source", dest="source_name", default="", help="name of the source; else the file's")
     kind.add_argument("--language", default="", help="language code of samples that name none")
-    kind.add_argument("--instruction", help=f"what the user asks beside media; with --speak: {SAY}")
+    kind.add_argument(
+        "--instruction", help=f"what the user asks beside media; with --speak: {SAY} {{text}} is the transcript"
+    )
     kind.add_argument("--sound", action="store_true", help="films are heard as well as seen")
     kind.add_argument("--tokenizer", type=Path, help="folder with a tokenizer.json; else one is trained")
     kind.add_argument("--vocab-size", type=int, default=512, help="of the trained tokenizer")

@@ -24,7 +24,8 @@ from data.sample import EXTENSIONS, MAX_JSON_BYTES, SPEECH, SampleRecord, check_
 MAX_MEDIA_BYTES = 1 << 30
 MAX_KEY = 200
 INSTRUCTIONS = {"audio": "Transcribe.", "image": "Describe the image.", "video": "Describe the video."}
-SAY = "Say: {text}"  # what is asked where the answer is a recording of the text
+# What is asked where the answer is a recording. It does not hold the text, or a Talker learns to read the question.
+SAY = "Say it."
 _KEY = re.compile(r"[^./\\\s][^./\\\n\r\0]{0,199}")  # a dot would end the key, a slash would open a folder
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|data:")
 

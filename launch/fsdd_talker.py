@@ -3,7 +3,7 @@
     python -m launch.fsdd_talker TAR_OR_FOLDER [KEY=VALUE ...]        settings of recipes/fsdd_talker.yaml
 
     {digit}_{speaker}_{n}.wav --launch.fsdd--> outputs/fsdd: the recogniser, which never hears the Talker
-                              --data.convert --speak--> outputs/fsdd_talker_data: "Say: seven" -> "seven", spoken
+                              --data.convert --speak--> outputs/fsdd_talker_data: "Say it." -> "seven", spoken
     --data.fit_codec, data.codes--> codec and codes --train.py recipe=fsdd_talker--> outputs/fsdd_talker
     --launch.evaluate suite=tts--> word error rate, recordings and pictures
 
@@ -22,6 +22,8 @@ from launch.arguments import guarded
 from train.main import main as train
 
 DATA = Path("outputs/fsdd_talker_data")
+HELDOUT = f"shards={DATA}/heldout/*.tar"
+EVALUATION = ["run=outputs/fsdd_talker", "suite=tts", "recogniser=outputs/fsdd", HELDOUT, "temperature=0"]
 SHARDS = f"{DATA}/train/*.tar,{DATA}/heldout/*.tar"
 
 
@@ -38,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
         fsdd.main([str(source)])
         or _corpus(source)
         or train(["recipe=fsdd_talker", *argv[1:]])
-        or guarded(evaluate.evaluate, ["run=outputs/fsdd_talker", "suite=tts", "recogniser=outputs/fsdd"])
+        or guarded(evaluate.evaluate, EVALUATION)
     )
 
 

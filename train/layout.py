@@ -22,7 +22,7 @@ from models.config import ThinkerConfig
 from models.flops import audio_flops, text_flops, vision_flops
 from models.omni_config import OmniConfig
 from models.positions import MediaTokens
-from models.speak import user_positions
+from models.say import user_positions
 from models.talker_inputs import TalkerPlan, join, plan_document
 
 

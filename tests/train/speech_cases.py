@@ -14,7 +14,7 @@ from models.audio_encoder import num_audio_tokens
 from models.config import AudioConfig, TextConfig, ThinkerConfig
 from models.omni import Omni
 from models.omni_config import CodePredictorConfig, OmniConfig, TalkerConfig
-from models.speak import user_positions
+from models.say import user_positions
 from models.talker_inputs import TalkerPlan, join, plan_document
 from tests.train.engine_cases import LINEAR, MELS, State
 from train import ranks
