@@ -34,6 +34,28 @@ def parse(argv: Sequence[str], known: Mapping[str, str | None]) -> tuple[dict[st
     return values, rest
 
 
+def number(given: Mapping[str, str], key: str, least: float, most: float) -> float:
+    """A value as a number within bounds. Raises RecipeError."""
+    try:
+        value = float(given[key])
+    except ValueError:
+        raise RecipeError(f"{key} must be a number, not {given[key]!r}") from None
+    if not least <= value <= most:  # no NaN either
+        raise RecipeError(f"{key} must be from {least:g} to {most:g}, not {given[key]}")
+    return value
+
+
+def whole(given: Mapping[str, str], key: str, least: int, most: int) -> int:
+    """A value as a whole number within bounds. Raises RecipeError."""
+    try:
+        value = int(given[key])
+    except ValueError:
+        raise RecipeError(f"{key} must be a whole number, not {given[key]!r}") from None
+    if not least <= value <= most:
+        raise RecipeError(f"{key} must be from {least} to {most}, not {value}")
+    return value
+
+
 def guarded(command: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
     """Run a command; 0, or 2 after one line on what is wrong. `-h` or `--help` prints the docstring of its module.
 

@@ -27,7 +27,7 @@ from data.errors import DataError
 from data.kmeans_codec import KMeansCodec
 from data.tokenizer import IM_END, Tokenizer, load_tokenizer
 from data.types import Batch
-from launch.arguments import guarded, parse
+from launch.arguments import guarded, number, parse, whole
 from launch.loading import load_model
 from launch.prompt import KINDS, Medium, conversation
 from models.generate import TextDecoding
@@ -66,7 +66,7 @@ def ask(argv: Sequence[str]) -> None:
         raise RecipeError("give text=..., audio=FILE, image=FILE or video=FILE: there is nothing to answer")
     if any("\ud800" <= letter <= "\udfff" for letter in given["text"] + given["system"]):
         raise RecipeError("text= and system= must be UTF-8")
-    out, seed, folder = _wav(given["out"]), _whole(given, "seed", 0, 2**63 - 1), Path(given["model"])
+    out, seed, folder = _wav(given["out"]), whole(given, "seed", 0, 2**63 - 1), Path(given["model"])
     omni = load_model(folder, given["dtype"] or None, given["device"])
     codec = codec_of(omni, given)
     tokenizer = load_tokenizer(folder)
@@ -85,7 +85,7 @@ def codec_of(omni: Omni, given: dict[str, str]) -> Codec | None:
         if given["levels"]:
             raise RecipeError("levels= is for codec=FOLDER: the model's own decoder takes all codebooks")
         return None
-    codec = open_codec(given["codec"], _whole(given, "levels", 1, 64) if given["levels"] else None, given["device"])
+    codec = open_codec(given["codec"], whole(given, "levels", 1, 64) if given["levels"] else None, given["device"])
     talker = omni.config.talker
     if talker is None:
         raise RecipeError("codec= is given, but this model has no talker to make codes")
@@ -103,11 +103,11 @@ def settings_of(omni: Omni, given: dict[str, str]) -> SpeakSettings:
     talker = omni.config.talker
     known = sorted(talker.speaker_id) if talker is not None else []
     speaker = given["speaker"].lower() or ("ethan" if "ethan" in known or not known else known[0])
-    tokens = _whole(given, "max_new_tokens", 1, MOST)
-    frames = int(_number(given, "max_seconds", 0.08, MOST / FRAME_RATE) * FRAME_RATE + 1e-6)
+    tokens = whole(given, "max_new_tokens", 1, MOST)
+    frames = int(number(given, "max_seconds", 0.08, MOST / FRAME_RATE) * FRAME_RATE + 1e-6)
     if not given["temperature"]:
         return SpeakSettings(speaker, tokens, frames)
-    same = Sampling(_number(given, "temperature", 0, 100), top_k=50)
+    same = Sampling(number(given, "temperature", 0, 100), top_k=50)
     return SpeakSettings(speaker, tokens, frames, text=same, first_code=same, residual_codes=same)
 
 
@@ -180,26 +180,6 @@ def _text_only(
             return
         yield Spoken(token=int(ids_N))
         decoding.feed(ids_N)
-
-
-def _number(given: dict[str, str], key: str, least: float, most: float) -> float:
-    try:
-        value = float(given[key])
-    except ValueError:
-        raise RecipeError(f"{key} must be a number, not {given[key]!r}") from None
-    if not least <= value <= most:  # no NaN either
-        raise RecipeError(f"{key} must be from {least:g} to {most:g}, not {given[key]}")
-    return value
-
-
-def _whole(given: dict[str, str], key: str, least: int, most: int) -> int:
-    try:
-        value = int(given[key])
-    except ValueError:
-        raise RecipeError(f"{key} must be a whole number, not {given[key]!r}") from None
-    if not least <= value <= most:
-        raise RecipeError(f"{key} must be from {least} to {most}, not {value}")
-    return value
 
 
 def _wav(text: str) -> Path:

@@ -15,7 +15,7 @@ from pathlib import Path
 from data.codec import open_codec
 from data.corpus import Corpus
 from data.errors import DataError
-from launch.arguments import parse
+from launch.arguments import number, parse, whole
 from launch.run_engine import Opened, omni_of, open_run
 from launch.tts_report import Files, as_json, check_folder, comparison, publish, table, write_json
 from models.omni_config import OmniConfig
@@ -81,7 +81,7 @@ def tts(argv: Sequence[str]) -> None:
 def regression(argv: Sequence[str]) -> None:
     """Evaluate the speech of a run and of the one it came from; SystemExit(1) where it is worse."""
     given, rest = parse(argv, KNOWN | {"baseline": None, "tolerance": "0.05"})
-    order, tolerance = _order(given), _number(given, "tolerance", 0, 10)
+    order, tolerance = _order(given), number(given, "tolerance", 0, 10)
     opened, before = open_run(Path(given["run"]), rest), open_run(Path(given["baseline"]), rest)
     before = replace(before, recipe=replace(before.recipe, eval=opened.recipe.eval))  # the same samples
     recogniser = _recogniser(given, rest)
@@ -199,14 +199,14 @@ def _order(given: dict[str, str]) -> Order:
     if any("\ud800" <= letter <= "\udfff" for letter in given["system"] + given["instruction"]):
         raise RecipeError("system= and instruction= must be UTF-8")
     rewrites = _rewrites(Path(given["rewrite"])) if given["rewrite"] else None
-    samples = _whole(given, "max_samples", 1, 1 << 31) if given["max_samples"] else 0
-    sampling = Sampling(_number(given, "temperature", 0, 100), top_k=50) if given["temperature"] else None
+    samples = whole(given, "max_samples", 1, 1 << 31) if given["max_samples"] else 0
+    sampling = Sampling(number(given, "temperature", 0, 100), top_k=50) if given["temperature"] else None
     return Order(
         Asked(given["speaker"], given["system"], rewrites, samples),
         sampling,
-        _number(given, "max_seconds", 0.08, 600),
-        _whole(given, "seed", 0, 2**63 - 1),
-        _whole(given, "levels", 1, 1 << 16) if given["levels"] else None,
+        number(given, "max_seconds", 0.08, 600),
+        whole(given, "seed", 0, 2**63 - 1),
+        whole(given, "levels", 1, 1 << 16) if given["levels"] else None,
         {"shards": given["shards"].strip("[]").split(",")} if given["shards"] else {},
     )
 
@@ -220,7 +220,7 @@ def _rewrites(path: Path) -> dict[str, str]:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"rewrite={path}: cannot be read: {error}") from None
     found: dict[str, str] = {}
-    for number, line in enumerate(lines, 1):
+    for at, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
@@ -231,30 +231,10 @@ def _rewrites(path: Path) -> dict[str, str]:
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             usable = False
         if not usable:
-            raise DataError(f'rewrite={path}: line {number} must be {{"key": "...", "text": "what to say"}}')
+            raise DataError(f'rewrite={path}: line {at} must be {{"key": "...", "text": "what to say"}}')
         if key in found:
-            raise DataError(f"rewrite={path}: line {number}: the key {key!r} is there already")
+            raise DataError(f"rewrite={path}: line {at}: the key {key!r} is there already")
         found[key] = text
     if not found:
         raise DataError(f"rewrite={path}: holds no texts")
     return found
-
-
-def _number(given: dict[str, str], key: str, least: float, most: float) -> float:
-    try:
-        value = float(given[key])
-    except ValueError:
-        raise RecipeError(f"{key} must be a number, not {given[key]!r}") from None
-    if not least <= value <= most:  # no NaN either
-        raise RecipeError(f"{key} must be from {least:g} to {most:g}, not {given[key]}")
-    return value
-
-
-def _whole(given: dict[str, str], key: str, least: int, most: int) -> int:
-    try:
-        value = int(given[key])
-    except ValueError:
-        raise RecipeError(f"{key} must be a whole number, not {given[key]!r}") from None
-    if not least <= value <= most:
-        raise RecipeError(f"{key} must be from {least} to {most}, not {value}")
-    return value

@@ -14,7 +14,6 @@ the same command goes on where it was stopped.
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -24,7 +23,7 @@ from data import codes, convert
 from data.audio import EXTENSIONS
 from data.errors import DataError
 from data.files import write_atomically
-from launch.arguments import guarded, parse
+from launch.arguments import guarded, number, parse, whole
 from launch.convert import export
 from models.omni_config import CONTROL_IDS, TalkerConfig
 from train.errors import RecipeError
@@ -65,12 +64,10 @@ def recipe_of(given: Mapping[str, str], settings: Sequence[str]) -> Recipe:
         raise RecipeError(f"speaker={name!r}: a printable name of at most 200 characters")
     if name in talker.speaker_id:
         raise RecipeError(f"speaker={name}: the model of {folder} has such a voice already; choose another name")
-    if not given["steps"].isdigit() or not int(given["steps"]):
-        raise RecipeError(f"steps={given['steps']}: must be a whole number above 0")
-    steps = int(given["steps"])
+    steps = whole(given, "steps", 1, 1 << 31)
     phase = Phase(steps, train=["talker.*"], speech="frozen", warmup_steps=steps // 10)
     speakers = {**talker.speaker_id, name: free_id(talker)}
-    lr = _positive("lr", given["lr"]) if given["lr"] else 0.3 * recipe.optim.lr
+    lr = number(given, "lr", 1e-12, 1e3) if given["lr"] else 0.3 * recipe.optim.lr
     return replace(
         recipe,
         name="voice",
@@ -111,16 +108,6 @@ def listed(folder: Path, out: Path) -> Path:
     manifest = out / "recordings.jsonl"
     write_atomically(manifest, ("\n".join(lines) + "\n").encode())
     return manifest
-
-
-def _positive(key: str, text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise RecipeError(f"{key}={text}: must be a number above 0")
-    return value
 
 
 def _must(status: int) -> None:
