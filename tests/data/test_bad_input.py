@@ -275,8 +275,8 @@ def test_a_shard_that_vanishes_after_the_start(shard: Path) -> None:
     corpus = Corpus.open([str(shard)])
     shard.unlink()
     assert set(corpus.index(0).read(0)) == {"json", "wav"}  # it is still open
-    store, *rest = reversed(corpus.__reduce__()[1])
-    fresh = Corpus(*reversed(rest), store.__reduce__()[0](*store.__reduce__()[1]))
+    *rest, store, codec = corpus.__reduce__()[1]
+    fresh = Corpus(*rest, store.__reduce__()[0](*store.__reduce__()[1]), codec)
     assert refusal(lambda: fresh.index(0).read(0)) == f"{shard}: no such file"
 
 
