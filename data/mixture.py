@@ -151,8 +151,13 @@ class Shares:
             if not tokens and mixture.weights:
                 raise DataError(
                     f'{setting}: every sample of source "{source}" is too long; raise data.sequence_length or set '
-                    f"{setting}.weights.{source}=0"
+                    f"{setting}.weights.{source}=0 (where speech is trained: or has no speech codes)"
                 )
+        if not any(by_source.values()):
+            raise DataError(
+                f"{setting}: no sample is left: all are longer than data.sequence_length, or have no speech codes where "
+                "speech is trained"
+            )
         most, heaviest = max(by_source.values()), max(mixture.weights.values(), default=1.0)
         self._weights = {source: weight / heaviest for source, weight in mixture.weights.items()} or {
             source: _power(tokens / most, mixture.temperature) for source, tokens in by_source.items()

@@ -126,9 +126,10 @@ class EvenOrder:
         self.stream = Stream(corpus, measure.seed)
         self.measure = measure
         self.tally = tally
-        if sum(tally.dropped.values()) == corpus.num_samples:
+        if sum(tally.dropped.values()) + tally.silent == corpus.num_samples:
+            which = "all that have speech codes" if tally.silent else "all"
             raise DataError(
-                f"no sample is left: all are longer than sequence_length={measure.settings.sequence_length}"
+                f"no sample is left: {which} are longer than sequence_length={measure.settings.sequence_length}"
             )
         self.windows_per_epoch = max(1, round(corpus.num_samples / measure.settings.window))
 

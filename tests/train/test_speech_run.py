@@ -30,6 +30,9 @@ TALKER = [
 ]
 
 
+ALOUD = "phases={all: {steps: 1, speech: live}}"
+
+
 def answer(number: int, **speech: str) -> SampleRecord:
     """A question in text or sound, answered aloud."""
     part = {"type": "speech", "speech": "speech.wav", "speaker": ("ann", "bob")[number % 2], **speech}
@@ -113,6 +116,10 @@ def test_a_stopped_run_goes_on_exactly(stop: int, folder: Path, unbroken: Path, 
         (["model.talker.speaker_id={ann: 300}"], "answers are spoken by bob, but model.talker.speaker_id names ann"),
         (["model.talker.code_predictor.num_code_groups=4"], "has 3 codebooks, and model.talker.code_predictor.num_"),
         (["model.talker.code_predictor.vocab_size=32"], "has 16 codes in a codebook, and model.talker.code_predictor"),
+        (
+            ["data.sequence_length=12", "data.too_long=drop", ALOUD, "data.mixture={temperature: 2.0}"],
+            "data.mixture: no sample is left: all are longer than data.sequence_length, or have no speech codes",
+        ),
         (["data.codec=OTHER"], "its codes are those of codec kmeans/"),
         (["data.codec=''"], "phases.together.speech=detached: data.codec is not set"),
         (["data.codec=ABSENT"], "holds no codec: expected codec.json"),
@@ -120,6 +127,10 @@ def test_a_stopped_run_goes_on_exactly(stop: int, folder: Path, unbroken: Path, 
         (["phases={all: {steps: 1, speech: frozen, train: [thinker.*]}}"], "speech=frozen leaves nothing to train"),
         (["model=tiny"], "phases.together.speech=detached: the model has no talker"),
         (["data.sequence_length=24"], "tokens, above data.sequence_length=24"),
+        (
+            ["data.sequence_length=12", "data.too_long=drop", ALOUD],
+            "no sample is left: all that have speech codes are longer",
+        ),
     ],
 )
 def test_what_is_refused(
