@@ -33,6 +33,7 @@ from data.errors import BadSample, DataError
 from data.files import write_atomically
 from data.quantizer import BLOCK_FRAMES, BLOCK_VALUES, Quantizer
 from data.vocoder import HOP, SAMPLE_RATE, Vocoder, VocoderStream, log_mel
+from data.waveform import check_length, check_waveform
 
 FORMAT = "omniloom-kmeans-codec-1"
 CONFIG, WEIGHTS = "codec.json", "codec.safetensors"
@@ -101,12 +102,7 @@ class KMeansCodec:
     @torch.no_grad()
     def encode(self, waveform_S: Tensor) -> Tensor:
         """Mono float [S] at 24 kHz -> codes int64 [num_codebooks, ceil(S / 1920)]. Raises BadSample."""
-        if waveform_S.ndim != 1 or not waveform_S.is_floating_point():
-            shape, dtype = list(waveform_S.shape), waveform_S.dtype
-            raise BadSample(f"a waveform must be mono floats of shape [samples], not {dtype} {shape}")
-        self._check_length(len(waveform_S))
-        if not waveform_S.isfinite().all():
-            raise BadSample("the waveform holds values that are not finite")
+        check_waveform(waveform_S, SAMPLE_RATE, self._max_seconds)
         if not len(waveform_S):
             return torch.zeros(self.num_codebooks, 0, dtype=torch.int64)
         return self._quantizer.encode(log_mel(levelled(waveform_S.cpu())))
@@ -117,7 +113,7 @@ class KMeansCodec:
 
         Rows past `levels` are checked and not used. Samples lie within -1 and 1. Raises BadSample.
         """
-        self._check_length(codes_GT.shape[-1] * SAMPLES_PER_FRAME if codes_GT.ndim else 0)
+        check_length(codes_GT.shape[-1] * SAMPLES_PER_FRAME if codes_GT.ndim else 0, SAMPLE_RATE, self._max_seconds)
         stream = self.stream()
         return torch.cat([stream.push(codes_GT), stream.finish()])
 
@@ -140,12 +136,6 @@ class KMeansCodec:
     def vocoder_stream(self) -> VocoderStream:
         """The part of a stream that comes after `mel_of`."""
         return VocoderStream(self._vocoder)
-
-    def _check_length(self, samples: int) -> None:
-        if samples > self._max_seconds * SAMPLE_RATE:
-            raise BadSample(
-                f"{samples / SAMPLE_RATE:.0f} s of audio, but at most {self._max_seconds:.0f} s are allowed"
-            )
 
 
 class CodecStream:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from data.errors import BadSample, DataError
+from data.waveform import check_length, check_waveform
 
 SAMPLE_RATE = 24_000
 NUM_CODEBOOKS = 16
@@ -57,12 +58,7 @@ class Mimi:
     @torch.no_grad()
     def encode(self, waveform_S: Tensor) -> Tensor:
         """Mono float32 [S] at 24 kHz -> codes int64 [16, ceil(S / samples_per_frame)], on the CPU."""
-        if waveform_S.ndim != 1 or not waveform_S.is_floating_point():
-            shape, dtype = list(waveform_S.shape), waveform_S.dtype
-            raise BadSample(f"a waveform must be mono floats of shape [samples], not {dtype} {shape}")
-        self._check_length(len(waveform_S))
-        if not waveform_S.isfinite().all():
-            raise BadSample("the waveform holds values that are not finite")
+        check_waveform(waveform_S, SAMPLE_RATE, self._max_seconds)
         if not len(waveform_S):
             return torch.zeros(NUM_CODEBOOKS, 0, dtype=torch.int64)
         batch_11S = waveform_S.to(self._device, torch.float32)[None, None]
@@ -79,19 +75,13 @@ class Mimi:
             raise BadSample(
                 f"codes must be int64 of shape [{NUM_CODEBOOKS}, frames], not {codes_GT.dtype} {list(codes_GT.shape)}"
             )
-        self._check_length(codes_GT.shape[1] * self.samples_per_frame)
+        check_length(codes_GT.shape[1] * self.samples_per_frame, SAMPLE_RATE, self._max_seconds)
         if not codes_GT.shape[1]:
             return torch.zeros(0)
         if codes_GT.min() < 0 or codes_GT.max() >= self.codebook_size:
             low, high = int(codes_GT.min()), int(codes_GT.max())
             raise BadSample(f"codes go from {low} to {high}, but must lie in 0 .. {self.codebook_size - 1}")
         return self._model.decode(codes_GT.to(self._device)[None]).audio_values[0, 0].cpu()
-
-    def _check_length(self, samples: int) -> None:
-        if samples > self._max_seconds * SAMPLE_RATE:
-            raise BadSample(
-                f"{samples / SAMPLE_RATE:.0f} s of audio, but at most {self._max_seconds:.0f} s are allowed"
-            )
 
 
 def _check_config(path: Path) -> None:

@@ -155,8 +155,8 @@ class Shares:
                 )
         if not any(by_source.values()):
             raise DataError(
-                f"{setting}: no sample is left: all are longer than data.sequence_length, or have no speech codes where "
-                "speech is trained"
+                f"{setting}: no sample is left: all are longer than data.sequence_length, or have no speech codes "
+                "where speech is trained"
             )
         most, heaviest = max(by_source.values()), max(mixture.weights.values(), default=1.0)
         self._weights = {source: weight / heaviest for source, weight in mixture.weights.items()} or {

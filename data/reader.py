@@ -99,7 +99,7 @@ class Reader:
             piece=None if piece < 0 else self._piece(sample, piece),
         )
         document = self._spoken(document, sample) if self.corpus.codec else document
-        found = len(document.ids_T) + (document.frames if document.speech else 0)
+        found = len(document.ids_T) + document.frames
         if found != tokens:
             raise BadSample(f"it has {found} tokens, its index says {tokens}")
         return document if piece < 0 else replace(document, key=f"{document.key}#{piece}")

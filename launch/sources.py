@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.tokenizer import AUDIO_END, AUDIO_PAD, AUDIO_START, IM_END, IM_START, ROLES, TTS, VISION, Tokenizer
+from data.tokenizer import AUDIO_PAD, VISION, Tokenizer
 from launch.released import model_on_meta
 from launch.weights import Weight, join, open_folder, read_json, released_weights
 from models.config import ConfigError, TextConfig, VisionConfig
@@ -41,6 +41,7 @@ from models.hf import fused_name
 from models.init import init_scale, init_tensor
 from models.omni_config import OmniConfig
 from train.errors import CheckpointError
+from train.layout import joining_ids
 
 Weights = dict[str, Weight]
 TEXT, VISUAL, AUDIO = ("thinker.model.", "thinker.lm_head."), "thinker.visual.", "thinker.audio_tower."
@@ -207,23 +208,7 @@ def with_tokens_of(tokenizer: Tokenizer, config: OmniConfig) -> OmniConfig:
     thinker: dict[str, Any] = {"audio_token_id": tokenizer.id(AUDIO_PAD)}
     if config.thinker.vision is not None:
         thinker |= {"image_token_id": tokenizer.id(VISION[3]), "video_token_id": tokenizer.id(VISION[4])}
-    ids = {
-        "im_start": IM_START,
-        "im_end": IM_END,
-        "audio_start": AUDIO_START,
-        "audio_end": AUDIO_END,
-        **dict(zip(("vision_start", "vision_end"), VISION, strict=False)),
-        **dict(zip(("tts_pad", "tts_bos", "tts_eos"), TTS, strict=False)),
-    }
-    changes: dict[str, Any] = {f"{key}_token_id": tokenizer.id(name) for key, name in ids.items()}
-    for word in (*ROLES, "\n"):
-        tokens = tokenizer.encode(word)
-        if config.talker is not None and len(tokens) != 1:
-            raise ConfigError(
-                f"the tokenizer makes {len(tokens)} tokens of {word!r}, and a Talker needs one: use another tokenizer"
-            )
-        if word in ROLES and len(tokens) == 1:
-            changes[f"{word}_token_id"] = tokens[0]
+    changes = joining_ids(tokenizer, speaks=config.talker is not None)
     return replace(config, thinker=replace(config.thinker, **thinker), **changes)
 
 

@@ -9,7 +9,7 @@ The plan deals packs by the decoder's work, so one rank may get an hour of sound
 within windows of audio and temporal patches of pictures: a medium may be cut there and its parts encoded anywhere, and
 the features are the same. Documents stay where they are, and what a rank could not read never gets here.
 
-Cost: three collectives an encoder and step, one more where it learns. What is sent is the media above the mean of the
+Cost: four collectives an encoder and step, one more where it learns. What is sent is the media above the mean of the
 ranks and their features: for an audio token 4 kB of mel, for a visual one 24 kB of pixels in the released shapes. The
 raw media and the encoders' activations of a whole step are held until its last backward.
 

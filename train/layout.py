@@ -14,11 +14,21 @@ from torch import Tensor
 
 from data.costs import Work
 from data.errors import BadSample
-from data.tokenizer import AUDIO_END, AUDIO_START, VISION_END, VISION_START, Tokenizer
+from data.tokenizer import (
+    AUDIO_END,
+    AUDIO_START,
+    IM_END,
+    IM_START,
+    ROLES,
+    TTS,
+    VISION_END,
+    VISION_START,
+    Tokenizer,
+)
 from data.vision import Grid, Patching
 from models import positions
 from models.audio_encoder import num_audio_tokens
-from models.config import ThinkerConfig
+from models.config import ConfigError, ThinkerConfig
 from models.flops import audio_flops, text_flops, vision_flops
 from models.omni_config import OmniConfig
 from models.positions import MediaTokens
@@ -111,6 +121,27 @@ def media_tokens(thinker: ThinkerConfig, tokenizer: Tokenizer) -> MediaTokens:
     return MediaTokens(
         thinker.audio_token_id, thinker.image_token_id, thinker.video_token_id, start, end, opening, closing
     )
+
+
+def joining_ids(tokenizer: Tokenizer, speaks: bool = True) -> dict[str, int]:
+    """OmniConfig's ids of the tokens by which Thinker and Talker are joined, by the tokenizer's names.
+
+    Raises ConfigError where a model `speaks` and a role or line end is more than one token: the Talker would find the
+    head of a turn of another length. Without a Talker such roles are left out.
+    """
+    names = {"im_start": IM_START, "im_end": IM_END, "audio_start": AUDIO_START, "audio_end": AUDIO_END}
+    names |= {"vision_start": VISION_START, "vision_end": VISION_END}
+    names |= dict(zip(("tts_pad", "tts_bos", "tts_eos"), TTS, strict=False))
+    ids = {f"{key}_token_id": tokenizer.id(name) for key, name in names.items()}
+    for word in (*ROLES, "\n"):
+        tokens = tokenizer.encode(word)
+        if speaks and len(tokens) != 1:
+            raise ConfigError(
+                f"the tokenizer makes {len(tokens)} tokens of {word!r}, and a Talker needs one: use another tokenizer"
+            )
+        if word in ROLES and len(tokens) == 1:
+            ids[f"{word}_token_id"] = tokens[0]
+    return ids
 
 
 def work_of(config: ThinkerConfig) -> Work:

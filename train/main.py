@@ -19,20 +19,7 @@ from tqdm import tqdm
 
 from data.errors import DataError
 from data.loader import stream
-from data.tokenizer import (
-    AUDIO_END,
-    AUDIO_PAD,
-    AUDIO_START,
-    IM_END,
-    IM_START,
-    IMAGE_PAD,
-    ROLES,
-    TTS,
-    VIDEO_PAD,
-    VISION,
-    Tokenizer,
-    load_tokenizer,
-)
+from data.tokenizer import AUDIO_PAD, IMAGE_PAD, VIDEO_PAD, Tokenizer, load_tokenizer
 from models.config import ConfigError, ThinkerConfig
 from models.flops import training_flops
 from models.hf import released_pieces
@@ -46,6 +33,7 @@ from train.errors import CheckpointError, EngineError, RecipeError
 from train.evaluate import Evaluator
 from train.feed import Course, Feed, open_evaluator, open_feed
 from train.hardware import peak_flops
+from train.layout import joining_ids
 from train.loop import fit
 from train.metrics import Meters, draw_curves
 from train.recipe import Recipe, Span, load_recipe, spans
@@ -147,22 +135,6 @@ def model_config(recipe: Recipe, tokenizer: Tokenizer) -> ThinkerConfig | OmniCo
     return OmniConfig(thinker, recipe.model.talker, recipe.model.code2wav, **joining_ids(tokenizer))
 
 
-def joining_ids(tokenizer: Tokenizer) -> dict[str, int]:
-    """Ids of the tokens by which Thinker and Talker are joined. Raises RecipeError where a role is not one token."""
-    names = {"im_start": IM_START, "im_end": IM_END, "audio_start": AUDIO_START, "audio_end": AUDIO_END}
-    names |= dict(zip(("vision_start", "vision_end"), VISION, strict=False))
-    names |= dict(zip(("tts_pad", "tts_bos", "tts_eos"), TTS, strict=False))
-    ids = {f"{key}_token_id": tokenizer.id(name) for key, name in names.items()}
-    for word in (*ROLES, "\n"):
-        tokens = tokenizer.encode(word)
-        if len(tokens) != 1:
-            raise RecipeError(
-                f"the tokenizer makes {len(tokens)} tokens of {word!r}, and a Talker needs one: use another tokenizer"
-            )
-        ids |= {f"{word}_token_id": tokens[0]} if word in ROLES else {}
-    return ids
-
-
 def restore(
     engine: Engine, recipe: Recipe, setup: EngineSetup, manifest: Manifest | None, *, optimizer_step: int
 ) -> None:
@@ -193,7 +165,8 @@ def open_run(
         start_step=step,
         end_step=min(span.stop, recipe.max_steps or span.stop),
         flops=lambda batch: training_flops(model, batch.doc_lengths, batch.mel_lengths, batch.grids),
-        peak_flops=peak_flops(setup.device),
+        # of the Thinker whole: phases with speech run other parts, and have no utilisation to show
+        peak_flops=peak_flops(setup.device) if setup.phase.speech == "off" else 0.0,
         num_skipped=manifest.info["counters"]["skipped"] if manifest else 0,
         enabled=ranks.rank() == 0,
     )

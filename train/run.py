@@ -48,6 +48,7 @@ class Run:
         self.evaluator, self.identity, self.feed, self.course = evaluator, identity, feed, course
         self.step = start_step
         self.stop_requested = False
+        self._handlers: dict[signal.Signals, Any] = {}  # what signals did before `listen`
         if ranks.rank() == 0:
             (folder / "recipe.yaml").write_text(as_yaml(recipe))
         self._keys = None
@@ -80,7 +81,7 @@ class Run:
             self.meters.say(f"{signal.Signals(number).name}: finishing the step and saving; once more to leave at once")
 
         for name in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(name, request)
+            self._handlers[name] = signal.signal(name, request)
 
     def consumed(self, step: int, microbatches: Sequence[Batch]) -> None:
         """Note how far the run is, and the samples of a step when log.keys asks for it."""
@@ -125,8 +126,10 @@ class Run:
         self.meters.exclude(time.monotonic() - began)
 
     def close(self) -> None:
-        """Wait until the last checkpoint is published, and end the meters."""
+        """Wait until the last checkpoint is published, end the meters, and listen to signals no longer."""
         self.saver.close()
         self.meters.close()
+        for name, handler in self._handlers.items():  # a command may go on with something else, which Ctrl-C must end
+            signal.signal(name, handler)
         if self._keys is not None:
             self._keys.close()

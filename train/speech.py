@@ -62,7 +62,7 @@ class SpeechObjective(nn.Module):
         residual: float = RESIDUAL_WEIGHT,
         max_logits: int = MAX_LOGITS,
     ) -> None:
-        """`text` and `residual` weigh the Thinker's loss and the mean of the residual codebooks'."""
+        """`text` weighs the Thinker's loss beside the Talker's, `residual` the mean of the residual codebooks'."""
         super().__init__()
         if way not in get_args(Way):
             raise RecipeError(f"the Thinker can be {', '.join(get_args(Way))} for the Talker, not {way!r}")
@@ -79,7 +79,7 @@ class SpeechObjective(nn.Module):
             omni.talker.requires_grad_(False)
         residuals = talker.num_code_groups - 1
         codes = [Term("code 0"), *(Term(f"code {r + 1}", residual / residuals) for r in range(residuals))]
-        self.terms = (*[Term("text", text)] * self._thinks, *codes * self._speaks)
+        self.terms = (*[Term("text", text if self._speaks else 1.0)] * self._thinks, *codes * self._speaks)
         self._decoders = [omni.config.thinker.text] * self._thinks + [talker.text] * self._speaks
         names = [SHARE] * self._thinks + [f"talker.{SHARE}"] * self._speaks
         self.routers = tuple(

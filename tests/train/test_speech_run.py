@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,7 @@ def test_only_what_a_phase_trains_changes(unbroken: Path) -> None:
 def test_a_stopped_run_goes_on_exactly(stop: int, folder: Path, unbroken: Path, tmp_path: Path) -> None:
     assert main(settings(folder, tmp_path / "run", f"max_steps={stop}")) == 0
     assert main(settings(folder, tmp_path / "run")) == 0
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # what comes after can be interrupted
     assert [line["loss"] for line in lines(tmp_path / "run")] == [line["loss"] for line in lines(unbroken)]
 
 

@@ -45,7 +45,7 @@ class StepStats:
     terms: Mapping[str, float]  # mean of each term over its targets; 0.0 where the step has none
     balance_loss: float  # 1.0 when the routers are perfectly balanced
     grad_norm: float  # before clipping
-    num_tokens: int
+    num_tokens: int  # of the first decoder whose routers learn: the Thinker, or the Talker's positions alone
     num_targets: int
     num_skipped: int  # samples left out because they could not be read
     expert_shares: Mapping[str, Tensor]  # [L, E] share of the assignments that each expert received, rows sum to 1

@@ -107,7 +107,7 @@ class DeepSpeedEngine:
         self.optimizer = self.zero.optimizer
         expose_router_logits(self.objective)
         self.shares = first_shares(self.objective, self.device)
-        self._shares = setup.engine.share_encoders and self.shard.count > 1
+        self._sharing = setup.engine.share_encoders and self.shard.count > 1
         if initial is not None:
             self.restore(_Initial(initial), optimizer_step=0)
 
@@ -128,7 +128,7 @@ class DeepSpeedEngine:
         totals = mine.like(ranks.total(mine.vector().to(self.device)))
         found_K = torch.zeros(len(objective.terms) + 1, dtype=torch.float64)  # the last is the balance loss
         counts = [torch.zeros_like(share_LE) for share_LE in self.shares]
-        shared = SharedEncoding(microbatches, self.setup.thinker, self.device, self.engine) if self._shares else None
+        shared = SharedEncoding(microbatches, self.setup.thinker, self.device, self.engine) if self._sharing else None
         parts = list(shared.parts()) if shared else [(batch, None) for batch in microbatches]
         for number, (batch, features) in enumerate(parts, 1):
             sums = self.engine(batch.to(self.device), features)
