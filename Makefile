@@ -17,7 +17,7 @@ setup: .venv/.stamp
 	@touch $@
 
 demo: .venv/.stamp  ## a tiny omni model learns five languages of synthetic speech, in six minutes
-	@$(BIN)/python -m launch.demo
+	@$(BIN)/python -m launch.tour
 
 FSDD ?= ../shared/data/fsdd_dev.tar
 fsdd: .venv/.stamp  ## real recordings: three speakers train, a fourth is never heard

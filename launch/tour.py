@@ -1,6 +1,6 @@
 """The whole path on a laptop: make a speech corpus, train a tiny Thinker on it, evaluate, say where everything is.
 
-    python -m launch.demo [KEY=VALUE ...]        settings of recipes/demo.yaml
+    python -m launch.tour [KEY=VALUE ...]        settings of recipes/demo.yaml
 
     espeak-ng --> outputs/demo_data/{train,voices,sentences} --> train.py recipe=demo --> word error rate, curves
 
