@@ -33,7 +33,8 @@ from tqdm import tqdm
 from data.chat import rendered_texts
 from data.demo_plan import Planned, Settings, plan
 from data.demo_render import render
-from data.demo_spoken import KNOWN_TASKS, SPOKEN
+from data.demo_small import KNOWN_TASKS, SMALL
+from data.demo_spoken import SPOKEN
 from data.demo_tasks import TASKS
 from data.demo_words import LANGUAGES
 from data.errors import DataError
@@ -142,7 +143,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--samples", type=int, help="training samples: 20000, of transcription alone 4000")
     parser.add_argument("--heldout", type=int, default=Settings.heldout, help="samples a language in each held-out set")
     parser.add_argument("--languages", help=f"of {','.join(LANGUAGES)}; all, of transcription alone the first five")
-    parser.add_argument("--tasks", default=",".join(TASKS), help=f"of {','.join(KNOWN_TASKS)}; all but the last two")
+    parser.add_argument(
+        "--tasks", default=",".join(TASKS), help=f"of {','.join(KNOWN_TASKS)}; all but {','.join(SPOKEN | SMALL)}"
+    )
     parser.add_argument("--speech", action="store_true", help=f"also {' and '.join(SPOKEN)}, whose answers are spoken")
     parser.add_argument("--seed", type=int, default=Settings.seed)
     parser.add_argument("--workers", type=int, default=1, help="processes; they change no result")

@@ -67,7 +67,7 @@ class Language:
     hear: str  # what is heard
     how_many_beeps: str
     write: str  # write down what is said
-    read: str  # read {text} aloud
+    read: str  # read aloud
     same: str  # are both the same
     which_has: str  # in which picture is {thing}
     which_more: str  # in which picture are more shapes

@@ -14,15 +14,17 @@ from dataclasses import dataclass
 
 from data.chat import transcription
 from data.demo_docs import documents
-from data.demo_spoken import KNOWN_TASKS
+from data.demo_small import KNOWN_TASKS
+from data.demo_spoken import read_aloud
 from data.demo_studio import Medium, Studio, heldout
 from data.demo_tasks import TASKS
-from data.demo_utterances import plan_utterances
+from data.demo_utterances import Utterance, plan_utterances
 from data.demo_words import LANGUAGES
 from data.errors import DataError
 from data.sample import SampleRecord
 
 SPLITS = ("train", "voices", "sentences", "scenes")
+COUNTED = ("transcription", "animals_aloud")  # tasks of counted animals
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,10 @@ class Settings:
         languages, tasks = len(self.languages), sum(map(self.least, self.tasks))
         if self.samples < max(languages, tasks):
             why = f"one for each of {languages} languages" if languages >= tasks else "one for each task"
-            if "transcription" in self.tasks and len(self.tasks) > 1:
-                why = f"transcription takes one for each of {languages} languages, each other task one"
+            counted = [task for task in self.tasks if task in COUNTED]
+            if counted and len(self.tasks) > 1:
+                takes = f"{' and '.join(counted)} take{'s' * (len(counted) == 1)}"
+                why = f"{takes} one for each of {languages} languages, each other task one"
             raise DataError(f"--samples {self.samples}: must be at least {max(languages, tasks)}: {why}")
         if self.heldout < 1:
             raise DataError(f"--heldout {self.heldout}: must be at least 1")
@@ -59,7 +63,7 @@ class Settings:
 
     def least(self, task: str) -> int:
         """Samples that a task needs."""
-        return len(self.languages) if task == "transcription" else 1
+        return len(self.languages) if task in COUNTED else 1
 
 
 @dataclass(frozen=True)
@@ -74,15 +78,16 @@ def plan(settings: Settings) -> dict[str, list[Planned]]:
     """The samples of every split that has any, in order. Raises DataError for settings that cannot be."""
     settings.check()
     counts = _counts(settings)
-    transcribed = _transcribed(settings, counts.get("transcription", 0))
+    counted = {task: _counted(settings, task, counts[task]) for task in COUNTED if task in counts}
     texts = _texts(settings) if "text" in counts else {}
-    train = list(_made_up(settings, counts, texts.get("train", [])))
-    if train and transcribed:
-        train = [*train, *transcribed["train"]]
+    made = list(_made_up(settings, counts, texts.get("train", [])))
+    train = [*made, *(planned for found in counted.values() for planned in found["train"])]
+    if made or len(counted) > 1:
         random.Random(f"{settings.seed} train").shuffle(train)
-    splits = {"train": train or transcribed["train"]}
+    splits = {"train": train}
     for split in SPLITS[1:]:
-        chosen = _held_out(settings, split, transcribed.get(split, []), texts.get(split, []))
+        spoken = {task: found.get(split, []) for task, found in counted.items()}
+        chosen = _held_out(settings, split, spoken, texts.get(split, []))
         if chosen:
             splits[split] = chosen
     return splits
@@ -100,21 +105,34 @@ def _counts(settings: Settings) -> dict[str, int]:
     return counts
 
 
-def _transcribed(settings: Settings, clips: int) -> dict[str, list[Planned]]:
-    """The transcription samples of each split."""
+def _counted(settings: Settings, task: str, clips: int) -> dict[str, list[Planned]]:
+    """The samples of a task of counted animals, by split: transcribed, or read aloud by named speakers."""
     found: dict[str, list[Planned]] = {}
-    if clips:
-        for utterance in plan_utterances(clips, settings.heldout, settings.languages, settings.seed):
-            messages = transcription("flac", utterance.instruction, utterance.speech.text)
-            record = SampleRecord(
-                utterance.key,
-                messages,
-                language=utterance.language,
-                source="transcription",
-                speaker=utterance.speech.speaker,
-            )
-            found.setdefault(utterance.split, []).append(Planned(record, {"flac": Medium(utterance.speech, 0)}))
+    for utterance in plan_utterances(clips, settings.heldout, settings.languages, settings.seed):
+        make = _transcribed if task == "transcription" else _aloud
+        found.setdefault(utterance.split, []).append(make(utterance, settings))
     return found
+
+
+def _transcribed(utterance: Utterance, _: Settings) -> Planned:
+    messages = transcription("flac", utterance.instruction, utterance.speech.text)
+    record = SampleRecord(
+        utterance.key,
+        messages,
+        language=utterance.language,
+        source="transcription",
+        speaker=utterance.speech.speaker,
+    )
+    return Planned(record, {"flac": Medium(utterance.speech, 0)})
+
+
+def _aloud(utterance: Utterance, settings: Settings) -> Planned:
+    split, language, number = utterance.key.split("-")
+    studio = Studio(settings.seed, f"{split} aloud", int(number), language, settings.languages)
+    messages = read_aloud(studio, utterance.speech.text)
+    key = f"{split}-animals_aloud-{language}-{number}"
+    record = SampleRecord(key, messages, language=language, source="animals_aloud", speaker=studio.speaker)
+    return Planned(record, studio.media)
 
 
 def _texts(settings: Settings) -> dict[str, list[str]]:
@@ -128,8 +146,8 @@ def _texts(settings: Settings) -> dict[str, list[str]]:
 
 
 def _made_up(settings: Settings, counts: dict[str, int], texts: list[str]) -> Iterator[Planned]:
-    """Training samples but for transcription, tasks shuffled, languages in turn."""
-    order = [task for task, count in counts.items() if task != "transcription" for _ in range(count)]
+    """Training samples but for counted animals, tasks shuffled, languages in turn."""
+    order = [task for task, count in counts.items() if task not in COUNTED for _ in range(count)]
     random.Random(f"{settings.seed} tasks").shuffle(order)
     languages, waiting = itertools.cycle(settings.languages), itertools.cycle(texts)
     for number, task in enumerate(order):
@@ -139,11 +157,12 @@ def _made_up(settings: Settings, counts: dict[str, int], texts: list[str]) -> It
             yield _make(settings, "train", number, task, next(languages))
 
 
-def _held_out(settings: Settings, split: str, transcribed: list[Planned], texts: list[str]) -> list[Planned]:
+def _held_out(settings: Settings, split: str, counted: dict[str, list[Planned]], texts: list[str]) -> list[Planned]:
     """A held-out set: in each language as many samples as asked, the tasks that are in it in turn."""
     tasks = [task for task in settings.tasks if split in KNOWN_TASKS[task].heldout]
     spoken = {
-        code: iter([planned for planned in transcribed if planned.record.language == code])
+        (task, code): iter([planned for planned in found if planned.record.language == code])
+        for task, found in counted.items()
         for code in settings.languages
     }
     found, waiting = [], itertools.cycle(texts)
@@ -154,8 +173,8 @@ def _held_out(settings: Settings, split: str, transcribed: list[Planned], texts:
         if not own:
             continue
         task = own[(turn + place) % len(own)]
-        if task == "transcription":
-            found.append(next(spoken[language]))
+        if task in COUNTED:
+            found.append(next(spoken[task, language]))
         elif task == "text":
             found.append(_text(split, number, next(waiting)))
         else:

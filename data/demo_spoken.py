@@ -10,14 +10,23 @@ from __future__ import annotations
 
 from data.demo_scenes import Picture
 from data.demo_studio import Studio, here, write
-from data.demo_tasks import TASKS, Task, caption, picture_question, sound_question_of
+from data.demo_tasks import Task, caption, picture_question, sound_question_of
 
 
 def reading(studio: Studio) -> list[dict]:
     """Text that is to be read aloud, and that text, spoken."""
-    text = studio.statement().said(studio.words)
+    return read_aloud(studio, studio.statement().said(studio.words))
+
+
+def read_aloud(studio: Studio, text: str) -> list[dict]:
+    """A system turn with a text that is to be read aloud, and that text, spoken.
+
+    In a user turn the Talker would see it and learn to read that, not what the answer says: it reads user turns, and
+    leaves system turns out.
+    """
     return [
-        {"role": "user", "content": [write(studio.words.read.format(text=text))]},
+        {"role": "system", "content": [write(text)]},
+        {"role": "user", "content": [write(studio.words.read)]},
         {"role": "assistant", "content": studio.say(text)},
     ]
 
@@ -42,7 +51,6 @@ SPOKEN = {
     "reading": Task(reading, 120, ("sentences",)),
     "spoken_answer": Task(spoken_answer, 80, ("voices", "sentences", "scenes")),
 }
-KNOWN_TASKS = TASKS | SPOKEN
 
 
 def _tellable(studio: Studio) -> Picture | None:

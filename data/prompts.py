@@ -1,4 +1,4 @@
-"""Samples as questions: everything before the assistant's last answer, and that answer as the reference.
+"""Samples as questions: everything before the last answer, and that answer as the reference; and documents whole.
 
     shards -> PromptSet -> groups of sample ids by length -> Reader.prompts -> Batch of prompts
 
@@ -24,6 +24,7 @@ class Prompt:
     key: str
     language: str
     reference: str  # text of the last assistant turn
+    source: str = ""
 
 
 class PromptSet:
@@ -33,17 +34,14 @@ class PromptSet:
         self.reader = reader
         self._corpus = reader.corpus
         forms = [self._corpus.index(shard).columns["document"] for shard in range(len(self._corpus.paths))]
-        self.samples = np.flatnonzero(np.concatenate(forms) == 0)  # int64: ids; a document asks nothing
-
-    @property
-    def num_documents(self) -> int:
-        """Samples that ask nothing."""
-        return self._corpus.num_samples - len(self.samples)
+        forms_N = np.concatenate(forms)
+        self.samples = np.flatnonzero(forms_N == 0)  # int64: ids of conversations
+        self.documents = np.flatnonzero(forms_N != 0)  # of what asks nothing
 
     def prompt(self, sample: int) -> Prompt:
-        """Key, language and reference of a sample. Raises BadSample where it is damaged or ends without an answer."""
+        """What is known of a sample. Raises BadSample where it is damaged or ends without an answer."""
         record, _ = open_sample(self._corpus, sample, self.reader.limits.max_bytes)
-        return Prompt(record.key, record.language or "unknown", answer_text(record))
+        return Prompt(record.key, record.language or "unknown", answer_text(record), record.source)
 
     def groups(self, samples: Sequence[int], max_tokens: int) -> list[list[int]]:
         """Samples put together by length, shortest first, at most `max_tokens` prompt tokens in a group."""
@@ -61,3 +59,7 @@ class PromptSet:
     def load(self, samples: Sequence[int]) -> tuple[Batch, list[int]]:
         """The prompts of a group and which of its samples could be read."""
         return self.reader.prompts(samples)
+
+    def whole(self, samples: Sequence[int]) -> Batch:
+        """A group of documents, as training reads them."""
+        return self.reader.prompts(samples, whole=True)[0]

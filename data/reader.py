@@ -69,13 +69,13 @@ class Reader:
                 skipped.append(f"{self.corpus.name(sample)}: {error.reason}")
         return join(documents, skipped, self.layout.join_speech if self.corpus.codec else None)
 
-    def prompts(self, samples: Sequence[int]) -> tuple[Batch, list[int]]:
-        """Samples up to where the assistant answers, as a batch, and which of them could be read."""
+    def prompts(self, samples: Sequence[int], *, whole: bool = False) -> tuple[Batch, list[int]]:
+        """Samples up to where the assistant answers, or `whole`, as a batch, and which of them could be read."""
         documents, readable, skipped = [], [], []
         for sample in samples:
             try:
                 record, _ = open_sample(self.corpus, sample, self.limits.max_bytes)
-                documents.append(self._maker.document(record, prompt_only=True))
+                documents.append(self._maker.document(record, prompt_only=not whole))
                 readable.append(sample)
             except BadSample as error:
                 skipped.append(f"{self.corpus.name(sample)}: {error.reason}")

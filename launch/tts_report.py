@@ -111,7 +111,7 @@ def table(report: SpeechReport) -> str:
     lines.append(f"  {'language':<10}" + "".join(f"{kind:>11}" for kind in KINDS) + f"{'words':>8}{'samples':>9}")
     for rows in zip(*(report.rows[kind] for kind in KINDS), strict=True):
         rates = "".join(f"{row.wer:>11.1%}" for row in rows)
-        lines.append(f"  {rows[0].language:<10}{rates}{rows[0].num_words:>8}{rows[0].num_samples:>9}")
+        lines.append(f"  {rows[0].group:<10}{rates}{rows[0].num_words:>8}{rows[0].num_samples:>9}")
     if report.original is not None:
         lines.append(f"  against the texts that were rewritten: {report.original:.1%}")
     lines.append(f"  likeness{'':<14}{'same':>8}{'others':>8}{'nearest':>9}{'clips':>7}")
@@ -162,11 +162,11 @@ def comparison(before: Sequence[SpeechReport], after: Sequence[SpeechReport]) ->
     lines.append(f"  {'set':<16}{'language':<10}{'baseline':>10}{'run':>10}{'rise':>10}")
     rises = {}
     for old, new in zip(before, after, strict=True):
-        olds = {row.language: row.wer for row in old.rows["speech"]}
+        olds = {row.group: row.wer for row in old.rows["speech"]}
         for row in new.rows["speech"]:
-            wer = olds.get(row.language)
+            wer = olds.get(row.group)
             rise = "" if wer is None else f"{row.wer - wer:>+10.1%}"
-            lines.append(f"  {new.set_name:<16}{row.language:<10}{_shown(wer, '10.1%')}{row.wer:>10.1%}{rise}")
+            lines.append(f"  {new.set_name:<16}{row.group:<10}{_shown(wer, '10.1%')}{row.wer:>10.1%}{rise}")
         rises[new.set_name] = new.wer - old.wer
     return "\n".join(lines), rises
 

@@ -2,8 +2,9 @@
 
     eval shards -> prompts (everything before the assistant's answer), packed into batches
                 -> each rank answers its share of the batches -> token ids, summed over ranks -> text
-                -> jiwer -> Report: one row a language, one for all
+                -> jiwer -> Report: word error rate and share of right answers of each language, of each source, of all
 
+Documents ask nothing: of them the cross-entropy is taken, nats a token.
 Text is compared in lower case without punctuation; Chinese and Japanese characters count as words of their own, so that
 their rate is the character error rate, as is usual.
 """
@@ -14,9 +15,10 @@ import json
 import math
 import os
 import unicodedata
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import jiwer
 import torch
@@ -34,10 +36,11 @@ ANSWER_END = "<|im_end|>"
 
 @dataclass(frozen=True)
 class Row:
-    """Word errors of one language, or of all."""
+    """Word errors and right answers of one language, of one source, or of all."""
 
-    language: str
+    group: str
     num_samples: int
+    num_right: int  # answers that are the reference, compared as words are
     num_words: int
     substitutions: int
     deletions: int
@@ -48,6 +51,11 @@ class Row:
         """Errors per reference word."""
         return (self.substitutions + self.deletions + self.insertions) / max(1, self.num_words)
 
+    @property
+    def accuracy(self) -> float:
+        """Share of right answers."""
+        return self.num_right / max(1, self.num_samples)
+
 
 @dataclass(frozen=True)
 class Report:
@@ -56,9 +64,11 @@ class Report:
     set_name: str
     step: int
     rows: tuple[Row, ...]  # languages, then "all"
-    examples: tuple[dict[str, str], ...]  # key, language, reference, answer
+    sources: tuple[Row, ...]
+    examples: tuple[dict[str, str], ...]  # key, language, source, reference, answer
     skipped: tuple[str, ...]  # samples that could not be read, or have no answer to compare with
-    num_documents: int = 0  # of the set, which ask nothing
+    loss: float | None = None  # of the documents in the set, nats a token; None where there are none
+    num_targets: int = 0  # tokens that it is the mean of
 
     @property
     def wer(self) -> float:
@@ -72,25 +82,32 @@ class Report:
 
     def table(self) -> str:
         """For people."""
-        lines = [f"{self.set_name} at step {self.step}: word error rate"]
-        lines.append(f"  {'language':<10}{'WER':>8}{'words':>8}{'sub':>6}{'del':>6}{'ins':>6}{'samples':>9}")
-        for row in self.rows:
-            lines.append(
-                f"  {row.language:<10}{row.wer:>8.1%}{row.num_words:>8}{row.substitutions:>6}{row.deletions:>6}"
-                f"{row.insertions:>6}{row.num_samples:>9}"
-            )
+        lines = [f"{self.set_name} at step {self.step}: word error rate, answers that are right word by word"]
+        tables = {"language": self.rows, "source": self.sources if len(self.sources) > 1 else ()}
+        for title, rows in tables.items():
+            if rows:
+                lines.append(
+                    f"  {title:<22}{'WER':>8}{'right':>8}{'samples':>9}{'words':>8}{'sub':>6}{'del':>6}{'ins':>6}"
+                )
+            lines += [
+                f"  {row.group:<22}{row.wer:>8.1%}{row.accuracy:>8.1%}{row.num_samples:>9}{row.num_words:>8}"
+                f"{row.substitutions:>6}{row.deletions:>6}{row.insertions:>6}"
+                for row in rows
+            ]
         if self.skipped:
             lines.append(f"  {len(self.skipped)} samples could not be used, first: {self.skipped[0]}")
-        if self.num_documents:
-            lines.append(f"  {self.num_documents} samples are documents, which ask nothing")
+        if self.loss is not None:
+            lines.append(f"  documents: {self.loss:.4f} nats a token, over {self.num_targets:,} tokens")
         return "\n".join(lines)
 
     def write(self, folder: Path, step: int) -> Path:
         """As JSON with every answer; published whole."""
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{self.set_name}-step{step:08d}.json"
-        rows = [{**row.__dict__, "wer": row.wer} for row in self.rows]
-        body = {"set": self.set_name, "step": step, "wer": self.wer, "rows": rows}
+        body: dict[str, Any] = {"set": self.set_name, "step": step, "wer": self.wer}
+        body |= {"loss": self.loss, "targets": self.num_targets}
+        for name, rows in (("rows", self.rows), ("sources", self.sources)):
+            body[name] = [{**asdict(row), "wer": row.wer, "accuracy": row.accuracy} for row in rows]
         body |= {"skipped": list(self.skipped), "examples": list(self.examples)}
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(body, ensure_ascii=False, indent=1) + "\n")
@@ -136,7 +153,23 @@ class Evaluator:
                     pairs.append((prompts.prompt(sample), text))
             except BadSample as error:
                 skipped.append(f"{prompts.reader.corpus.name(sample)}: {error.reason}")
-        return Report(name, step, error_rows(pairs), _examples(pairs), tuple(skipped), prompts.num_documents)
+        rows, sources = error_rows(pairs), grouped_rows(pairs, lambda prompt: prompt.source or "unknown")
+        loss, targets = self._loss(engine, prompts)
+        return Report(name, step, rows, sources, _examples(pairs), tuple(skipped), loss, targets)
+
+    def _loss(self, engine: Engine, prompts: PromptSet) -> tuple[float | None, int]:
+        """Cross-entropy of a set's documents in nats a token, and over how many tokens."""
+        if not len(prompts.documents):
+            return None, 0
+        chosen = prompts.documents[some_of(len(prompts.documents), self.config.max_samples)].tolist()
+        groups = prompts.groups(chosen, self.config.batch_tokens)
+        sums = torch.zeros(2, dtype=torch.float64)
+        for turn in range(math.ceil(len(groups) / engine.shard.count)):
+            at = turn * engine.shard.count + engine.shard.index
+            found = engine.eval_step(prompts.whole(groups[at] if at < len(groups) else []))
+            sums += torch.tensor([found["loss_sum"], found["targets"]], dtype=torch.float64)
+        loss, targets = ranks.total(sums).tolist()
+        return loss / max(1.0, targets), int(targets)
 
 
 def some_of(count: int, most: int) -> list[int]:
@@ -160,16 +193,23 @@ def normalise(text: str) -> str:
 
 
 def error_rows(pairs: Sequence[tuple[Prompt, str]]) -> tuple[Row, ...]:
-    """Word errors of answers: a row for each language, then one for all."""
-    languages = sorted({prompt.language for prompt, _ in pairs})
-    rows = [_row(name, [pair for pair in pairs if pair[0].language == name]) for name in languages]
-    return (*rows, _row("all", pairs))
+    """Errors of answers: a row for each language, then one for all."""
+    return (*grouped_rows(pairs, lambda prompt: prompt.language), _row("all", pairs))
 
 
-def _row(language: str, pairs: Sequence[tuple[Prompt, str]]) -> Row:
-    substitutions = deletions = insertions = words = 0
+def grouped_rows(pairs: Sequence[tuple[Prompt, str]], group: Callable[[Prompt], str]) -> tuple[Row, ...]:
+    """Errors of answers: a row for each group of questions, in the order of their names."""
+    groups: dict[str, list[tuple[Prompt, str]]] = {}
+    for pair in pairs:
+        groups.setdefault(group(pair[0]), []).append(pair)
+    return tuple(_row(name, groups[name]) for name in sorted(groups))
+
+
+def _row(group: str, pairs: Sequence[tuple[Prompt, str]]) -> Row:
+    substitutions = deletions = insertions = words = right = 0
     for prompt, answer in pairs:
         reference, hypothesis = normalise(prompt.reference), normalise(answer)
+        right += reference == hypothesis
         if not reference:  # nothing was said: every word of the answer is inserted
             insertions += len(hypothesis.split())
             continue
@@ -178,10 +218,11 @@ def _row(language: str, pairs: Sequence[tuple[Prompt, str]]) -> Row:
         substitutions += result.substitutions
         deletions += result.deletions
         insertions += result.insertions
-    return Row(language, len(pairs), words, substitutions, deletions, insertions)
+    return Row(group, len(pairs), right, words, substitutions, deletions, insertions)
 
 
 def _examples(pairs: Sequence[tuple[Prompt, str]]) -> tuple[dict[str, str], ...]:
     return tuple(
-        {"key": p.key, "language": p.language, "reference": p.reference, "answer": answer} for p, answer in pairs
+        {"key": p.key, "language": p.language, "source": p.source, "reference": p.reference, "answer": answer}
+        for p, answer in pairs
     )

@@ -119,7 +119,10 @@ class Run:
         """Evaluate on every set and record the results."""
         began = time.monotonic()
         for report in self.evaluator.reports(engine, step):
-            self.meters.record(step, {"eval": report.set_name, "wer": report.wer, "words": report.num_words})
+            found = {"wer": report.wer, "words": report.num_words, "accuracy": report.rows[-1].accuracy}
+            if report.loss is not None:
+                found |= {"loss": report.loss, "targets": report.num_targets}
+            self.meters.record(step, {"eval": report.set_name, **found})
             if ranks.rank() == 0:
                 self.meters.say(report.table())
                 report.write(self.folder / "eval", step)

@@ -92,7 +92,7 @@ def test_perfect_codes(sets: Path) -> None:
     codec = speech_set(sets).codec
     for each in heard:
         np.testing.assert_array_equal(each.waves["codec"], codec.decode(each.utterance.codes_GF).numpy())
-    assert [row.language for row in report.rows["speech"]] == ["de", "en", "all"]
+    assert [row.group for row in report.rows["speech"]] == ["de", "en", "all"]
     assert [example["key"].partition(":")[2] for example in report.examples] == [f"k{n}" for n in range(6)]
 
 

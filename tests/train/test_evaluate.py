@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from data.corpus import Corpus
 from data.prompts import PromptSet
 from data.reader import Reader
+from data.sample import SampleRecord
 from data.shards import write_shards
 from tests.data.corpus_kit import spoken, tokenizer, written
 from tests.data.layouts import layout_of
@@ -46,6 +48,9 @@ class Parrot:
         assert stop_id == self.words.id("<|im_end|>")
         return [self.words.encode(self.answers[key.split(":")[1]])[:max_new_tokens] for key in batch.keys]
 
+    def eval_step(self, batch):
+        return {"loss_sum": 2.0 * len(batch.keys), "targets": 8.0 * len(batch.keys), "correct": 0.0}
+
 
 def make_set(folder: Path) -> PromptSet:
     records = [
@@ -63,7 +68,7 @@ def test_report_counts_by_language(tmp_path: Path) -> None:
     engine = Parrot({"a": "one two four", "b": "One two!", "c": "四狗", "d": "hello big world"})
     config = EvalConfig(batch_tokens=40, max_new_tokens=30)
     (report,) = Evaluator(config, {"mine": make_set(tmp_path / "s")}, tokenizer()).reports(engine, 7)  # type: ignore[arg-type]
-    rows = {row.language: row for row in report.rows}
+    rows = {row.group: row for row in report.rows}
     assert engine.batches > 1, "a limit of 40 prompt tokens must part the samples"
     assert rows["en"].wer == pytest.approx(1 / 5) and rows["en"].substitutions == 1
     assert rows["zh"].wer == pytest.approx(1 / 3) and rows["zh"].deletions == 1
@@ -94,3 +99,36 @@ def test_a_damaged_clip_is_counted_not_hidden(tmp_path: Path) -> None:
     assert report.rows[-1].num_samples == 3 and report.wer == 0
     assert len(report.skipped) == 1 and ":a: " in report.skipped[0] and "crc32" in report.skipped[0]
     assert "1 samples could not be used" in report.table()
+
+
+def test_report_counts_by_source(tmp_path: Path) -> None:
+    records = [
+        replace(written(key, reference, language="en"), source=source)
+        for key, reference, source in (("a", "red", "pictures"), ("b", "blue", "pictures"), ("c", "a bell", "sounds"))
+    ]
+    write_shards(records, tmp_path, tokenizer())
+    corpus = Corpus.open([f"{tmp_path}/*.tar"], tokenizer().fingerprint)
+    prompts = PromptSet(Reader(corpus, tokenizer(), seed=0, layout=layout_of(tokenizer())))
+    engine = Parrot({"a": "Red.", "b": "red", "c": "a red bell"})
+    (report,) = Evaluator(EvalConfig(max_new_tokens=30), {"s": prompts}, tokenizer()).reports(engine, 0)  # type: ignore[arg-type]
+    found = {row.group: (row.num_samples, row.num_right, row.accuracy) for row in report.sources}
+    assert found == {"pictures": (2, 1, 0.5), "sounds": (1, 0, 0.0)}
+    assert report.rows[-1].accuracy == pytest.approx(1 / 3) and report.loss is None
+    saved = json.loads(report.write(tmp_path / "eval", 0).read_text())
+    assert [row["accuracy"] for row in saved["sources"]] == [0.5, 0.0]
+    assert "pictures" in report.table() and "50.0%" in report.table()
+
+
+def test_documents_have_a_loss(tmp_path: Path) -> None:
+    """The mean over tokens of all documents, whatever the groups."""
+    records = [written("q", "hello", language="en")]
+    records += [SampleRecord(f"d{i}", segments=[{"type": "text", "text": "one two " * 9}]) for i in range(5)]
+    write_shards(records, tmp_path, tokenizer())
+    corpus = Corpus.open([f"{tmp_path}/*.tar"], tokenizer().fingerprint)
+    prompts = PromptSet(Reader(corpus, tokenizer(), seed=0, layout=layout_of(tokenizer())))
+    evaluator = Evaluator(EvalConfig(batch_tokens=40, max_new_tokens=9), {"s": prompts}, tokenizer())
+    (report,) = evaluator.reports(Parrot({"q": "hello"}), 0)  # type: ignore[arg-type]
+    assert (report.loss, report.num_targets) == (0.25, 40) and report.rows[-1].num_samples == 1
+    assert "documents: 0.2500 nats a token, over 40 tokens" in report.table()
+    whole = prompts.whole(prompts.documents.tolist())
+    assert len(whole.doc_lengths) == 5 and (whole.labels_T != -100).sum() >= 5 * 17

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -121,13 +122,19 @@ def sums_of_eval(objective: AnyObjective, batch: Batch) -> Mapping[str, float]:
     """Sums over a batch: `loss_sum`, `targets`, `correct` (most likely token right)."""
     hidden_TD, _ = objective.thinker(*inputs_of(batch), **pictures_of(batch))
     index_N = (batch.labels_T != IGNORE).nonzero().squeeze(1)
-    logits_NV = objective.thinker.lm_head(hidden_TD.index_select(0, index_N)).float()
-    target_N = batch.labels_T.index_select(0, index_N)
-    return {
-        "loss_sum": F.cross_entropy(logits_NV, target_N, reduction="sum").item(),
-        "targets": float(len(target_N)),
-        "correct": float((logits_NV.argmax(-1) == target_N).sum()),
-    }
+    head = partial(_loss_and_right, target_N=batch.labels_T.index_select(0, index_N), most=objective.max_logits)
+    loss, right = objective.thinker.lm_head(hidden_TD.index_select(0, index_N), head).tolist()
+    return {"loss_sum": loss, "targets": float(len(index_N)), "correct": right}
+
+
+def _loss_and_right(hidden_ND: Tensor, weight_VD: Tensor, *, target_N: Tensor, most: int) -> Tensor:
+    """Sum of the cross-entropy, and tokens that are the most likely ones, float64 [2]; `most` logits at a time."""
+    sums, rows = hidden_ND.new_zeros(2, dtype=torch.float64), max(1, most // len(weight_VD))
+    for start in range(0, len(target_N), rows):
+        logits_CV, target_C = F.linear(hidden_ND[start : start + rows], weight_VD).float(), target_N[start:][:rows]
+        right = (logits_CV.argmax(-1) == target_C).sum()
+        sums += torch.stack([F.cross_entropy(logits_CV, target_C, reduction="sum"), right])
+    return sums
 
 
 def continue_greedily(

@@ -1,0 +1,127 @@
+"""Tasks of a small world, which a tiny model masters in minutes on a laptop: what `make demo` learns.
+
+    picture of one or two of 16 things, two sounds, or a film of one thing  x  question in text or speech  --> answer
+
+The languages, voices, drawing and splits are the whole corpus' (data.demo_studio); only there is less to know. Answers
+about pictures are a word: `picture_aloud` has it spoken, too, and `words` has them to be written down, so that a
+recogniser knows what it may hear. `animals_aloud` is planned with transcription (data.demo_plan).
+"""
+
+from __future__ import annotations
+
+from data.demo_language import PLACES, SINGLE_SOUNDS, Thing
+from data.demo_scenes import Film, Picture
+from data.demo_spoken import SPOKEN
+from data.demo_studio import Sounds, Studio, told, write
+from data.demo_tasks import TASKS, Task
+from data.demo_utterances import INSTRUCTIONS
+
+THINGS = tuple(
+    Thing(shape, colour, "big")
+    for shape in ("circle", "square", "triangle", "cross")
+    for colour in ("red", "blue", "yellow", "black")
+)
+SIDES = PLACES[:2]
+
+
+def picture_text(studio: Studio) -> list[dict]:
+    """A picture and a question in text."""
+    picture, question, answer = _picture(studio)
+    return studio.ask([studio.show(picture)], [write(question)], answer)
+
+
+def picture_voice(studio: Studio) -> list[dict]:
+    """A picture and a question in speech."""
+    picture, question, answer = _picture(studio)
+    return studio.ask([studio.show(picture)], [studio.speak(question)], answer)
+
+
+def picture_aloud(studio: Studio) -> list[dict]:
+    """A picture and a question in speech; the answer in text and speech."""
+    picture, question, answer = _picture(studio)
+    return studio.ask([studio.show(picture)], [studio.speak(question)], studio.say(answer))
+
+
+def sound_text(studio: Studio) -> list[dict]:
+    """Two sounds and a question in text."""
+    sounds, answer = _sounds(studio)
+    return studio.ask([studio.ring(sounds)], [write(studio.words.hear)], answer)
+
+
+def sound_voice(studio: Studio) -> list[dict]:
+    """Two sounds and a question in speech."""
+    sounds, answer = _sounds(studio)
+    return studio.ask([studio.ring(sounds)], [studio.speak(studio.words.hear)], answer)
+
+
+def film_text(studio: Studio) -> list[dict]:
+    """A film of one thing that moves, appears or disappears, and a question in text."""
+    film = _film(studio)
+    return studio.ask([studio.play(film)], [write(studio.words.watch)], told(film).said(studio.words))
+
+
+def film_voice(studio: Studio) -> list[dict]:
+    """The same, asked in speech."""
+    film = _film(studio)
+    return studio.ask([studio.play(film)], [studio.speak(studio.words.watch)], told(film).said(studio.words))
+
+
+def words(studio: Studio) -> list[dict]:
+    """A word that answers about pictures, spoken, to be written down."""
+    _, _, answer = _picture(studio)
+    return studio.ask([studio.speak(answer)], [write(studio.rng.choice(INSTRUCTIONS))], answer)
+
+
+SMALL = {
+    "animals_aloud": Task(None, 50, ("sentences",)),
+    "picture_text": Task(picture_text, 20, ("scenes",)),
+    "picture_voice": Task(picture_voice, 30, ("voices", "scenes")),
+    "picture_aloud": Task(picture_aloud, 30, ("voices", "scenes")),
+    "sound_text": Task(sound_text, 15, ("scenes",)),
+    "sound_voice": Task(sound_voice, 15, ("voices", "scenes")),
+    "film_text": Task(film_text, 15, ("scenes",)),
+    "film_voice": Task(film_voice, 15, ("voices", "scenes")),
+    "words": Task(words, 20, ("voices",)),
+}
+KNOWN_TASKS = TASKS | SPOKEN | SMALL
+
+
+def _picture(studio: Studio) -> tuple[Picture, str, str]:
+    """A picture, a question about it, and the answer, a word."""
+
+    def make() -> Picture | None:
+        places = SIDES if studio.rng.random() < 0.5 else (studio.rng.choice(SIDES),)
+        picture = Picture(tuple(zip(places, studio.rng.sample(THINGS, len(places)), strict=True)))
+        return picture if studio.fits(picture) else None
+
+    picture = studio.until(make)
+    place, thing = studio.rng.choice(picture.things)
+    kind = studio.rng.choice(("colour_at", "shape_at", "how_many"))
+    answer = {
+        "colour_at": studio.words.colour(thing.colour),
+        "shape_at": studio.words.shape(thing.shape),
+        "how_many": studio.words.count(len(picture.things)),
+    }[kind]
+    return picture, studio.words.say(kind, place=place), answer
+
+
+def _sounds(studio: Studio) -> tuple[Sounds, str]:
+    """Two sounds, and what is heard."""
+
+    def make() -> Sounds | None:
+        sounds = Sounds(tuple(studio.rng.sample(SINGLE_SOUNDS, 2)))
+        return sounds if studio.fits(sounds) else None
+
+    sounds = studio.until(make)
+    return sounds, studio.words.sequence([studio.words.heard(name) for name in sounds.names])
+
+
+def _film(studio: Studio) -> Film:
+    """A silent film."""
+
+    def make() -> Film | None:
+        action, thing = studio.rng.choice(("moves", "moves", "appears", "vanishes")), studio.rng.choice(THINGS)
+        film = Film(action, thing, direction=studio.rng.choice(SIDES) if action == "moves" else "")
+        return film if studio.fits(film) else None
+
+    return studio.until(make)
