@@ -1,30 +1,79 @@
-"""The whole path on a laptop: make a speech corpus, train a tiny Thinker on it, evaluate, say where everything is.
+"""The whole path on a laptop: a tiny omni model learns to hear, see, answer and speak three languages.
 
     python -m launch.tour [KEY=VALUE ...]        settings of recipes/demo.yaml
 
-    espeak-ng --> outputs/demo_data/{train,voices,sentences} --> train.py recipe=demo --> word error rate, curves
+    espeak-ng, numpy --data.demo--> outputs/demo_data: pictures, films, sounds and speech of a small world
+      --train.py recipe=demo--> outputs/demo: audio encoder, alignment, multimodal pretraining    } at the same time
+      --data.fit_codec, data.codes--> speech codec, codes of the spoken answers                   }
+      --train.py recipe=demo_talker--> outputs/demo_talker: the Talker
+      --launch.evaluate suite=tts--> the Thinker, which never heard the Talker, writes down what it says
+      --> a table of what was learnt, and five wav files
 
-Interrupted, it goes on where it was; ended, it says so. Remove outputs/demo to train again, outputs/demo_data to make
-new data.
+Interrupted, it goes on where it was; what is done is kept. Remove outputs/demo, outputs/demo_talker or
+outputs/demo_data to make one again. Two cores are used.
 """
 
 from __future__ import annotations
 
+import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from data import demo as corpus
+from data.demo_small import SMALL
+from data.errors import DataError
+from launch import evaluate
+from launch.arguments import guarded
+from launch.tour_report import report
 from train.main import main as train
 
-DATA = Path("outputs/demo_data")
+DATA, THINKER, TALKER = Path("outputs/demo_data"), Path("outputs/demo"), Path("outputs/demo_talker")
+LANGUAGES = "en,de,zh"
+CORPUS = [str(DATA), "--samples", "14000", "--heldout", "60", "--languages", LANGUAGES, "--vocab-size", "640"]
+CORPUS += ["--tasks", ",".join(("transcription", *SMALL)), "--workers", "2"]
+CODEC = ["codebooks=6", "codebook_size=256", "vocoder_steps=600", "max_seconds=1200"]
+HELDOUT = f"shards={DATA}/sentences/*.tar,{DATA}/scenes/*.tar"
+SPEECH = [f"run={TALKER}", "suite=tts", f"recogniser={THINKER}", HELDOUT, "instruction=Transcribe.", "temperature=0"]
+TALKER_SETTINGS: list[str] = []  # of recipes/demo_talker.yaml
+CODEC_LOG = DATA / "codec.log"
 
 
 def main(argv: Sequence[str]) -> int:
     """Exit status: 0, or that of the part that failed."""
-    print(f"speech corpus in {DATA}: English, German, French, Russian, Mandarin; synthetic voices")
-    made = corpus.main([str(DATA), "--tasks", "transcription"])  # a corpus that is there already is kept
-    return made or train(["recipe=demo", *argv])
+    began = time.monotonic()
+    print(f"corpus in {DATA}: pictures, films, sounds and speech; English, German, Mandarin")
+    if status := corpus.main(CORPUS):  # a corpus that is there already is kept
+        return status
+    with codec_beside() as codec:
+        status = train(["recipe=demo", *argv]) or codec.wait()
+    if status:
+        if codec.returncode:
+            print(f"error: the speech codec could not be made: {CODEC_LOG} says why", file=sys.stderr)
+        return status
+    status = train(["recipe=demo_talker", *TALKER_SETTINGS]) or guarded(evaluate.evaluate, SPEECH)
+    if status:
+        return status
+    try:
+        print(report(THINKER, TALKER))
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"took {(time.monotonic() - began) / 60:.1f} minutes")
+    return 0
+
+
+@contextmanager
+def codec_beside() -> Iterator[subprocess.Popen[bytes]]:
+    """Make codec and codes in a process of its own; what is done is kept. It ends with the block at the latest."""
+    command = [sys.executable, "-m", "launch.tour_codec", str(DATA), *CODEC]
+    with CODEC_LOG.open("wb") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
+        try:
+            yield process
+        finally:
+            process.terminate()
 
 
 if __name__ == "__main__":

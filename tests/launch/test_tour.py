@@ -1,0 +1,82 @@
+"""The demo's tour: its table says what the evaluations say, and every part of it runs one after another."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from data.errors import DataError
+from launch import tour
+from launch.tour_report import report
+from tests.run_kit import ROOT
+
+
+def example(source: str, language: str, reference: str, answer: str) -> dict[str, str]:
+    return {"key": "k", "source": source, "language": language, "reference": reference, "answer": answer}
+
+
+def make_runs(folder: Path, answer: str, wer: float) -> tuple[Path, Path]:
+    thinker, talker = folder / "demo", folder / "demo_talker"
+    (thinker / "eval").mkdir(parents=True)
+    sounds = talker / "eval" / "tts-step00000009"
+    sounds.mkdir(parents=True)
+    for name in ("voices", "sentences", "scenes"):
+        examples = [example("transcription", code, "two dogs", "two dogs") for code in ("en", "de")]
+        examples += [example("picture_text", "en", "red", "Red."), example("sound_text", "en", "a bell", answer)]
+        for step, shown in ((1, []), (2, examples)):
+            (thinker / "eval" / f"{name}-step{step:08d}.json").write_text(json.dumps({"examples": shown}))
+    rows = {kind: [{"group": "all", "wer": wer}] for kind in ("speech", "codec", "recording")}
+    (sounds / "report.json").write_text(json.dumps({"sets": [{"set": "scenes", "rows": rows}]}))
+    for language in ("de", "en", "en"):
+        for number in range(3):
+            (sounds / f"scenes-scenes-picture_aloud-{language}-00000{number}-7-speech.wav").touch()
+    return thinker, talker
+
+
+def test_the_table_says_what_was_measured(tmp_path: Path) -> None:
+    text = report(*make_runs(tmp_path / "good", "a bell", 0.05))
+    assert ": missed" not in text and text.count(": met") == 4
+    assert "picture + text" in text and "sound + text" in text and "film" not in text.replace("films", "")
+    files = [line for line in text.splitlines() if line.endswith("-speech.wav")]
+    assert len(files) == 5 and {Path(line).name.split("-")[3] for line in files[:2]} == {"de", "en"}
+
+
+def test_a_bar_that_is_missed_is_said(tmp_path: Path) -> None:
+    text = report(*make_runs(tmp_path / "bad", "a knock", 0.3))
+    assert text.count(": missed") == 3
+    assert "worst 0.0%; the bar is above 90%: missed" in text
+    assert "Talker, worst set 30.0%; the bar is below 20%: missed" in text
+
+
+def test_without_an_evaluation_it_says_which(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"voices-step\*\.json"):
+        report(tmp_path, tmp_path)
+
+
+@pytest.mark.slow
+def test_the_whole_tour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every part with its real settings but for their sizes; a second call finds everything done."""
+    pytest.importorskip("espeakng_loader", reason="espeak-ng (the optional extra demo) is absent")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    corpus = [
+        str(tour.DATA),
+        "--samples",
+        "400",
+        "--heldout",
+        "8",
+        "--languages",
+        tour.LANGUAGES,
+        "--vocab-size",
+        "640",
+    ]
+    monkeypatch.setattr(tour, "CORPUS", [*corpus, "--tasks", tour.CORPUS[-3]])
+    monkeypatch.setattr(tour, "CODEC", ["codebooks=6", "codebook_size=256", "vocoder_steps=3", "max_seconds=150"])
+    monkeypatch.setattr(tour, "TALKER_SETTINGS", ["phases.speech.steps=3"])
+    settings = [f"phases.{name}.steps=2" for name in ("audio_encoder", "alignment", "pretraining")]
+    assert tour.main(settings) == 0
+    said = capsys.readouterr().out
+    assert "understanding: word error rate" in said and said.count("-speech.wav") >= 5 and "took" in said
+    assert tour.main(settings) == 0
