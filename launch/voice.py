@@ -50,7 +50,7 @@ def voice(argv: Sequence[str]) -> None:
     train(recipe)
     if not (out / "model").exists():
         export([f"from={recipe.run}", f"to={out / 'model'}"])
-    print(f"{given['speaker']}: python -m launch.speak model={out / 'model'} codec={recipe.data.codec} speaker=...")
+    print(f"{given['speaker']}: python -m launch.generate run={recipe.run} speaker={given['speaker']} text=... out=...")
 
 
 def recipe_of(given: Mapping[str, str], settings: Sequence[str]) -> Recipe:

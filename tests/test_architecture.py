@@ -33,6 +33,9 @@ ONLY_IN = {  # a library -> the files that may import it
     "wandb": ("train/metrics.py",),
     "datasets": ("data/convert", "data/sources"),
     "espeakng_loader": ("data/espeak.py",),
+    "fastapi": ("launch/demo.py",),
+    "starlette": ("launch/demo.py",),
+    "uvicorn": ("launch/demo.py",),
 }
 FORBIDDEN = {"pickle", "cloudpickle", "dill", "shelve", "marshal"}
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 80

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from launch import convert, fsdd_talker, speak, voice
+from launch import convert, fsdd_talker, generate, voice
 from tests.data.audio_bytes import encode
 from tests.data.test_fit_codec import voice as sound
 from tests.train.test_speech_run import folder as corpus
@@ -67,7 +67,7 @@ def test_a_new_voice(run: Path, recordings: Path, corpus: Path, tmp_path: Path, 
         "max_seconds=0.5",
         f"out={wav}",
     ]
-    assert speak.main([*words, "max_new_tokens=4"]) == 0
+    assert generate.main([*words, "max_new_tokens=4"]) == 0
     assert "time to first token" in capsys.readouterr().err  # two steps do not teach it when to end: it may say nothing
 
 
