@@ -63,6 +63,7 @@ class Document:
     grids: Sequence[Grid]
     speech: Speech | None = None
     frames: int = 0  # of speech
+    media_RH: Tensor | None = None  # hidden states, where they take the place of media: data/hidden.py
 
 
 class Use(NamedTuple):
@@ -111,6 +112,7 @@ def join(
         return Batch.empty(NUM_MELS, tuple(skipped))
     mels_FM = [mel_FM for document in documents for mel_FM in document.mels_FM]
     pixels_PX = [pixels for document in documents for pixels in document.pixels_PX]
+    media_RH = [document.media_RH for document in documents if document.media_RH is not None]
     return Batch(
         token_ids_T=torch.cat([document.ids_T for document in documents]),
         labels_T=torch.cat([document.labels_T for document in documents]),
@@ -123,6 +125,7 @@ def join(
         pixels_PX=torch.cat(pixels_PX) if pixels_PX else torch.empty(0, 0),
         grids=tuple(grid for document in documents for grid in document.grids),
         speech=join_speech([document.speech for document in documents if document.speech]) if join_speech else None,
+        media_RH=torch.cat(media_RH) if media_RH else torch.empty(0, 0),
     )
 
 

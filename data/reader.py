@@ -13,7 +13,9 @@ Shapes: T tokens, S samples at 16 kHz, F log-mel frames, M mel filters.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import replace
+from typing import Protocol, Self
 
 import numpy as np
 from torch import Tensor
@@ -31,6 +33,14 @@ from data.sample import MAX_MEDIA, SampleRecord, media_of, parse_sample
 from data.split import Piece, split_document
 from data.tokenizer import Tokenizer
 from data.types import Batch
+
+
+class Records(Protocol):
+    """Documents that were made before: data.hidden.HiddenStates."""
+
+    def document(self, sample: int) -> Document:
+        """One sample. Raises BadSample."""
+        ...
 
 
 class Reader:
@@ -57,6 +67,13 @@ class Reader:
         self.sequence_length = sequence_length
         self.sizing = Sizing(layout, self.limits.image, self.limits.sampling)
         self._maker = Maker(tokenizer, layout, self.limits)
+        self._records: Records | None = None
+
+    def of_records(self, records: Records) -> Self:
+        """A reader whose packs are of `records`: it opens no shard."""
+        other = copy(self)
+        other._records = records
+        return other
 
     def batch(self, pack: Pack) -> Batch:
         """The samples of a pack, end to end, but for those that are unusable."""
@@ -87,22 +104,25 @@ class Reader:
         return int(self.sizing.tokens(costs, self.sizing.sizes(costs))[0])
 
     def _document(self, sample: int, epoch: int, piece: int, speed: float, tokens: int) -> Document:
+        made = self._records.document(sample) if self._records else self._made(sample, epoch, piece, speed)
+        document = self._spoken(made, sample) if self.corpus.codec else made
+        found = len(document.ids_T) + document.frames
+        if found != tokens:
+            raise BadSample(f"it has {found} tokens, its index says {tokens}")
+        return document if piece < 0 else replace(document, key=f"{document.key}#{piece}")
+
+    def _made(self, sample: int, epoch: int, piece: int, speed: float) -> Document:
         record, samples = open_sample(self.corpus, sample, self.limits.max_bytes)
 
         def hear(wave_S: np.ndarray, medium: int) -> Tensor:
             return self._mel(change_speed(wave_S, speed), epoch, sample * MAX_MEDIA + medium)
 
-        document = self._maker.document(
+        return self._maker.document(
             record,
             samples=samples,
             hear=hear,
             piece=None if piece < 0 else self._piece(sample, piece),
         )
-        document = self._spoken(document, sample) if self.corpus.codec else document
-        found = len(document.ids_T) + document.frames
-        if found != tokens:
-            raise BadSample(f"it has {found} tokens, its index says {tokens}")
-        return document if piece < 0 else replace(document, key=f"{document.key}#{piece}")
 
     def _spoken(self, document: Document, sample: int) -> Document:
         """The document with the codes of its answer."""

@@ -1,6 +1,7 @@
 """What the loader hands to training.
 
-T = tokens, F = mel frames (10 ms each), M = mel bins, P = patches of pictures, X = values of a patch.
+T = tokens, F = mel frames (10 ms each), M = mel bins, P = patches of pictures, X = values of a patch, R = rows
+that the Talker reads of the Thinker where that does not run, H = its width.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class Batch:
     pixels_PX: Tensor = field(default_factory=lambda: torch.empty(0, 0))  # float32, images and videos in order
     grids: tuple[tuple[int, int, int], ...] = ()  # frames, rows and columns of patches of each image or video
     speech: Speech | None = None  # of every document, where the Talker learns
+    media_RH: Tensor = field(default_factory=lambda: torch.empty(0, 0))  # instead of media: data/hidden.py
 
     @classmethod
     def empty(cls, num_mels: int, skipped: tuple[str, ...] = ()) -> Batch:
@@ -58,4 +60,4 @@ class Batch:
         return self.map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
 
 
-_TENSORS = ("token_ids_T", "labels_T", "position_ids_3T", "mel_FM", "pixels_PX")
+_TENSORS = ("token_ids_T", "labels_T", "position_ids_3T", "mel_FM", "pixels_PX", "media_RH")

@@ -27,6 +27,7 @@ from models.omni import Omni
 from models.omni_config import OmniConfig, TalkerConfig
 from models.sampling import Sampling
 from models.talker_inputs import HEAD, join, multimodal_rows, plan_document, talker_inputs, user_rows
+from models.thinker import Features
 
 
 @dataclass(frozen=True)
@@ -169,12 +170,18 @@ class Voice:
 
 
 @torch.no_grad()
-def media_states(omni: Omni, conversations: Prompts) -> Tensor:
-    """What the Talker reads of the Thinker: hidden states [M, H] at the placeholders of user segments, in order."""
+def media_states(
+    omni: Omni, conversations: Prompts, features: Features | None = None, *, always: bool = False
+) -> Tensor:
+    """What the Talker reads of the Thinker: hidden states [M, H] at the placeholders of user segments, in order.
+
+    Layers beyond its own do not run, and none where there are no placeholders; `always` runs them all the same, for
+    processes that share their weights. `features` are those of the media where they are encoded already.
+    """
     assert omni.config.talker is not None
     ids_T, lengths = conversations.token_ids_T, conversations.doc_lengths
     rows_M = multimodal_rows(omni.config, ids_T, lengths)
-    if not len(rows_M):  # no need to run the Thinker
+    if not len(rows_M) and not always:
         return omni.thinker.model.embed_tokens.weight[:0]
     tapped_TH = omni.thinker(
         ids_T,
@@ -184,6 +191,7 @@ def media_states(omni: Omni, conversations: Prompts) -> Tensor:
         conversations.mel_lengths,
         pixels_PX=conversations.pixels_PX,
         grids=conversations.grids,
+        features=features,
         tap=omni.config.talker.accept_hidden_layer,
         stop=True,
     )[2]

@@ -33,6 +33,7 @@ from train.errors import CheckpointError, EngineError, RecipeError
 from train.evaluate import Evaluator
 from train.feed import Course, Feed, open_evaluator, open_feed
 from train.hardware import peak_flops
+from train.hidden import cached_course
 from train.layout import joining_ids
 from train.loop import fit
 from train.metrics import Meters, draw_curves
@@ -82,6 +83,9 @@ def train(recipe: Recipe) -> None:
             feed.require(total)
         else:
             feed.seek(step, manifest.info.get("data", {}))
+        if span.phase.speech == "cached":
+            assert isinstance(model, OmniConfig), "recipes check that who speaks has a talker"
+            course = cached_course(course, recipe, span, model, manifest)
         for line in course.about():
             tell(line)
         setup = EngineSetup(model, recipe.engine, recipe.optim, recipe.loss, span.phase, span.name, recipe.seed, device)

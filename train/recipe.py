@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from data.augment import Augment
 from data.config import DataConfig
 from data.errors import DataError
 from data.mixture import Mixture
@@ -79,7 +80,8 @@ class Phase:
     """Instead of optim.warmup_steps."""
     speech: str = "off"
     """How the Talker learns, and what of the Thinker runs for it: live (whole, the Talker's gradient reaches it),
-    detached (whole, each with its own gradient) or frozen (up to the layer that the Talker reads). off: text alone."""
+    detached (whole, each with its own gradient), frozen (up to the layer that the Talker reads) or cached (not at all:
+    launch.cache_hidden has kept that layer). off: text alone."""
     mixture: Mixture | None = None
     """Instead of data.mixture: the phase then has a plan of its own, whose epochs count from its first step."""
 
@@ -300,11 +302,16 @@ def _validate(recipe: Recipe) -> None:
     except DataError as error:
         raise RecipeError(str(error)) from None
     for name, phase in recipe.phases.items():
-        _one_of(f"phases.{name}.speech", phase.speech, ("off", "live", "detached", "frozen"))
+        _one_of(f"phases.{name}.speech", phase.speech, ("off", "live", "detached", "frozen", "cached"))
         if phase.speech != "off" and recipe.model.talker is None:
             raise RecipeError(f"phases.{name}.speech={phase.speech}: the model has no talker; choose one that has")
         if phase.speech != "off" and not recipe.data.codec:
             raise RecipeError(f"phases.{name}.speech={phase.speech}: data.codec is not set: name the codec's folder")
+        if phase.speech == "cached" and (set(recipe.data.speeds) != {1.0} or recipe.data.augment != Augment()):
+            raise RecipeError(
+                f"phases.{name}.speech=cached: hidden states are of recordings as they are: set data.speeds=[1.0] and "
+                "leave data.augment out"
+            )
     if recipe.engine.zero not in (1, 2, 3):
         raise RecipeError(f"engine.zero={recipe.engine.zero}: it is 1, 2 or 3")
     if not recipe.phases:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from data.types import Batch
 from models.omni import Omni
+from models.say import media_states
 from models.talker_inputs import TalkerPlan, multimodal_rows, talker_inputs
 from models.thinker import Features, Media, Thinker
 from train.errors import RecipeError
@@ -119,17 +120,15 @@ class SpeechObjective(nn.Module):
             tokens.append(sum(sum(plan.doc_lengths) for plan in plans))
         return Totals(sum(len(batch.skipped) for batch in batches), tuple(targets), tuple(tokens))
 
-    def forward(
-        self, batch: Batch | Media, features: Features | None = None, media_MH: Tensor | None = None
-    ) -> Sums | Features:
+    def forward(self, batch: Batch | Media, features: Features | None = None) -> Sums | Features:
         """Sums of a pack, of `terms` and `routers`; given Media alone, their features (train.loss.Objective).
 
-        `batch` holds the Thinker's conversations and in `speech` the Talker's, document by document. `media` is given
-        where the way is "cached", [M, H] in the order of the plan's placeholders.
+        `batch` holds the Thinker's conversations and in `speech` the Talker's, document by document; and where the way
+        is "cached", instead of media, the rows [M, H] of the plan's placeholders in their order.
         """
         if isinstance(batch, Media):
-            return self.omni.thinker.encode(batch)
-        losses, logits, media_MH = self._think(batch, features, media_MH)
+            return nothing_heard(self.thinker, batch) if self.way == "cached" else self.thinker.encode(batch)
+        losses, logits, media_MH = self._think(batch, features)
         if self._speaks:
             first_sum, residual_sums_R, talker_logits = self._speak(self.plan(batch).to(batch.mel_FM.device), media_MH)
             losses, logits = [*losses, first_sum, *residual_sums_R], [*logits, talker_logits]
@@ -149,34 +148,29 @@ class SpeechObjective(nn.Module):
         return first_sum, residual_sums_R, logits
 
     def _think(
-        self, batch: Batch, features: Features | None, media_MH: Tensor | None
+        self, batch: Batch, features: Features | None
     ) -> tuple[list[Tensor], list[Sequence[Tensor]], Tensor | None]:
         """Losses and router logits of the Thinker, none where it does not run whole, and what the Talker reads."""
         if self.way == "cached":
-            if media_MH is None:
-                raise ValueError("the way is cached: the Thinker's hidden states must be given")
-            return [], [], media_MH
-        rows_M = multimodal_rows(self.omni.config, batch.token_ids_T, batch.doc_lengths) if self._speaks else None
+            return [], [], batch.media_RH.reshape(-1, self.omni.config.thinker.text.hidden_size)  # none have no width
         if not self._thinks:
-            return [], [], hidden_states(self.omni, batch, features)[rows_M]
-        thinker, tap = self.omni.thinker, _tap(self.omni) if self._speaks else None
+            return [], [], media_states(self.omni, batch, features, always=True)
+        talker, thinker = self.omni.config.talker, self.omni.thinker
+        tap = talker.accept_hidden_layer if self._speaks and talker is not None else None
         hidden_TH, logits, *tapped = thinker(*inputs_of(batch), **pictures_of(batch), features=features, tap=tap)
         head = partial(cross_entropy_sum, labels_T=batch.labels_T, max_logits=self.max_logits)
         text_sum = thinker.lm_head(hidden_TH, head)
         if features is not None:
             text_sum = text_sum + nothing_to_encode(thinker, batch)
-        states_MH: Tensor | None = tapped[0][rows_M] if tapped else None
-        if states_MH is not None and self.way == "detached":
-            states_MH = states_MH.detach()
-        return [text_sum], [logits], states_MH
+        if not tapped:
+            return [text_sum], [logits], None
+        states_MH = tapped[0][multimodal_rows(self.omni.config, batch.token_ids_T, batch.doc_lengths)]
+        return [text_sum], [logits], states_MH.detach() if self.way == "detached" else states_MH
 
 
-@torch.no_grad()
-def hidden_states(omni: Omni, batch: Batch, features: Features | None = None) -> Tensor:
-    """What the Talker reads of the Thinker, [T, H] for all rows of a pack; layers beyond it do not run."""
-    return omni.thinker(*inputs_of(batch), **pictures_of(batch), features=features, tap=_tap(omni), stop=True)[2]
-
-
-def _tap(omni: Omni) -> int:
-    assert omni.config.talker is not None
-    return omni.config.talker.accept_hidden_layer
+def nothing_heard(thinker: Thinker, media: Media) -> Features:
+    """Features of no media, without running the encoders: ranks need not gather their weights for it."""
+    none_TD, vision = media.mel_FM.new_empty(0, thinker.config.text.hidden_size), thinker.config.vision
+    if vision is None:
+        return Features(none_TD, None, ())
+    return Features(none_TD, none_TD, (none_TD,) * len(vision.deepstack_visual_indexes))

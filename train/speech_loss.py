@@ -3,11 +3,10 @@
     hidden [P, D] --codec_head--> first code of the next frame, or the end ----> first_sum, first_count
                   --positions before frames--> code predictor, one pass, R heads --> residual_sums [R], frames
 
-    share of the global loss = first_weight * first_sum / first_count
-                             + residual_weight * mean of residual_sums / frames
+    share of the global loss = first_sum / first_count + RESIDUAL_WEIGHT * mean of residual_sums / frames
 
-with the counts of the global batch, so that the shares of any split add up. The first part starts near ln 3072, the
-second near ln 2048 in the released shapes; 0.3 is what Qwen3-TTS fine-tunes with.
+with the counts of the global batch, so that the shares of any split add up (train.loss.weighted). The first part starts
+near ln 3072, the second near ln 2048 in the released shapes; 0.3 is what Qwen3-TTS fine-tunes with.
 
 Cost: the code predictor dominates, G positions a frame; no more than `max_logits` logits exist at a time. Letters: P
 positions, F frames, G codes of a frame, R = G - 1 residual codes, D hidden.
@@ -51,17 +50,3 @@ def code_loss_sums(
         for r, head in enumerate(talker.code_predictor.lm_head)
     ]
     return first_sum, first_count, torch.stack(sums), frames
-
-
-def code_loss(
-    first_sum: Tensor,
-    first_count: int,
-    residual_sums_R: Tensor,
-    frames: int,
-    *,
-    first_weight: float = 1.0,
-    residual_weight: float = RESIDUAL_WEIGHT,
-) -> Tensor:
-    """This pack's share of the global loss, fp32 scalar; the counts are those of the global batch."""
-    first = first_sum / max(1, first_count)
-    return first_weight * first + residual_weight * residual_sums_R.mean() / max(1, frames)

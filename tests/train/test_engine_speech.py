@@ -42,13 +42,21 @@ def sharded() -> list[dict[str, Any]]:
 
 def test_what_each_way_reports(local: dict[str, Any]) -> None:
     """Loss is the weighted sum of the terms, and only what learns has moments."""
-    for way, terms in (("frozen", 3), ("live", 4), ("off", 1)):
+    for way, terms in (("frozen", 3), ("cached", 3), ("live", 4), ("off", 1)):
         loss, *row = local[way]["rows"][0]
         names = ["code 0", "code 1", "code 2", "text"][:terms] if way != "off" else ["text"]
         weights = {"code 0": 1.0, "code 1": 0.15, "code 2": 0.15, "text": 0.5 if way != "off" else 1.0}
         assert loss == pytest.approx(sum(weights[name] * value for name, value in zip(names, row, strict=False)))
         moments = {key.split("|")[1].split(".")[0] for key in local[way]["state"] if key.startswith("exp_avg|")}
-        assert moments == {"frozen": {"talker"}, "live": {"thinker", "talker"}, "off": {"thinker"}}[way]
+        learns = {"frozen": {"talker"}, "cached": {"talker"}, "live": {"thinker", "talker"}, "off": {"thinker"}}
+        assert moments == learns[way]
+
+
+def test_cached_is_frozen(local: dict[str, Any]) -> None:
+    """Losses, gradient norms, weights and moments after several steps."""
+    assert_close(local["cached"]["rows"], local["frozen"]["rows"], rtol=1e-6)
+    for key, values in local["frozen"]["state"].items():
+        assert (local["cached"]["state"][key] - values).norm() <= 1e-5 * values.norm(), key
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -10,13 +10,14 @@ import torch
 from data.types import Batch
 from models.init import init_weights
 from models.omni import Omni
+from models.say import media_states
 from models.speak import user_positions
-from models.talker_inputs import join, multimodal_rows, plan_document
+from models.talker_inputs import join, plan_document
 from tests.models import random_model as r
 from tests.models import random_speech as s
 from tests.train.test_speech_loss import random_answer
 from train.errors import RecipeError
-from train.speech import SpeechObjective, hidden_states
+from train.speech import SpeechObjective
 
 
 def build(seed=3, kinds=("aiv", "a", "")):
@@ -38,11 +39,11 @@ def build(seed=3, kinds=("aiv", "a", "")):
     return omni, batch, join(plans, config.talker.num_code_groups)
 
 
-def run(omni, batch, plan, way, media_MH=None):
+def run(omni, batch, plan, way):
     """Sums, and gradients by name, of one way; the model is left as it was."""
     objective = SpeechObjective(omni, way)
     batch = replace(batch, speech=plan)
-    found, names = objective(batch, media_MH=media_MH), [term.name for term in objective.terms]
+    found, names = objective(batch), [term.name for term in objective.terms]
     losses = dict(zip(names, found.losses_K, strict=True))
     text = losses.pop("text", torch.tensor(0.0))
     sums = text, losses.pop("code 0"), torch.stack([*losses.values()])
@@ -56,9 +57,10 @@ def run(omni, batch, plan, way, media_MH=None):
 
 def test_the_talker_learns_the_same_whatever_the_way():
     omni, batch, plan = build()
-    cached_MH = hidden_states(omni, batch)[multimodal_rows(omni.config, batch.token_ids_T, batch.doc_lengths)]
+    media = {"mel_FM": batch.mel_FM[:0], "mel_lengths": (), "pixels_PX": batch.pixels_PX[:0], "grids": ()}
+    cached = replace(batch, media_RH=media_states(omni, batch), **media)
     runs = {way: run(omni, batch, plan, way) for way in ("live", "detached", "frozen")}
-    runs["cached"] = run(omni, batch, plan, "cached", cached_MH)
+    runs["cached"] = run(omni, cached, plan, "cached")
     want, grads = runs["live"]
     for way, (sums, of_way) in runs.items():
         torch.testing.assert_close(sums[1:], want[1:])
@@ -132,7 +134,7 @@ def test_says_what_is_wrong():
     omni, batch, plan = build()
     with pytest.raises(RecipeError, match="off, live, detached, frozen, cached for the Talker, not 'thawed'"):
         SpeechObjective(omni, "thawed")
-    with pytest.raises(ValueError, match="hidden states must be given"):
+    with pytest.raises(ValueError, match="0 multimodal rows for the Talker, but its plan has places for"):
         SpeechObjective(omni, "cached")(replace(batch, speech=plan))
     omni.talker = None
     with pytest.raises(RecipeError, match="no talker"):
