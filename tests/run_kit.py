@@ -61,7 +61,7 @@ def command(corpus: Path, run: Path, *settings: str, processes: int = 1) -> list
     return [
         *launcher,
         str(ROOT / "train.py"),
-        "recipe=demo",
+        "recipe=transcribe",
         *text,
         *audio,
         f"run={run}",

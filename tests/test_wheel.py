@@ -67,7 +67,7 @@ def test_the_command_runs_in_a_clean_environment(wheel: Path, tmp_path: Path) ->
 
     typo = run("recipe=dmo")
     assert typo.returncode == 2 and "did you mean 'demo'?" in typo.stderr and "Traceback" not in typo.stderr
-    absent = run("recipe=demo", "data.shards=[nowhere.tar]", "data.tokenizer=nowhere")
+    absent = run("recipe=transcribe", "data.shards=[nowhere.tar]", "data.tokenizer=nowhere")
     assert absent.returncode == 2 and "nowhere" in absent.stderr and "Traceback" not in absent.stderr
     evaluated = run("evaluate", "run=nowhere")
     assert evaluated.returncode == 2 and "nowhere/recipe.yaml: no such file" in evaluated.stderr

@@ -47,7 +47,7 @@ def recipe_of(*settings: str) -> list[str]:
         f"model.{part}.{key}={json.dumps(value)}" for part, values in TINY.items() for key, value in values.items()
     ]
     data = ["shards=[train/*.tar]", "tokenizer=tokenizer", "sequence_length=96", "sequences_per_step=3", "window=32"]
-    return ["recipe=demo", *sizes, *(f"data.{word}" for word in data), PHASES, *settings]
+    return ["recipe=transcribe", *sizes, *(f"data.{word}" for word in data), PHASES, *settings]
 
 
 def documents(shown: str) -> list[tuple[int, str, int]]:
@@ -212,9 +212,9 @@ def test_a_run_shows_its_own_recipe(folder: Path, capsys: pytest.CaptureFixture[
     [
         (["recipe=demmo"], "unknown recipe 'demmo', did you mean 'demo'?"),
         (["run=none"], "none/recipe.yaml: no such file; give the folder of a run"),
-        (["recipe=demo", "train/*.tar"], "cannot read 'train/*.tar': settings are KEY=VALUE"),
-        (["recipe=demo", "data.window=x"], "data.window"),
-        (["recipe=demo", "tokenizer=tokenizer"], "unknown setting 'tokenizer'"),
+        (["recipe=transcribe", "train/*.tar"], "cannot read 'train/*.tar': settings are KEY=VALUE"),
+        (["recipe=transcribe", "data.window=x"], "data.window"),
+        (["recipe=transcribe", "tokenizer=tokenizer"], "unknown setting 'tokenizer'"),
         ([*recipe_of(), "--pack", "7"], "--pack 7: the recipe's steps are 0 to 6"),
         ([*recipe_of(), "--pack", "0", "--seed", "1"], "--seed: a recipe says it itself; change it by seed=VALUE"),
         ([*recipe_of(), "--window", "9"], "--window: a recipe says it itself; change it by data.window=VALUE"),

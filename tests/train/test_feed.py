@@ -82,7 +82,7 @@ def test_errors_name_the_mixture_as_the_recipe_does(own: bool, mixture: str, mes
     data = [f"shards=[{corpus}/train/*.tar]", f"tokenizer={corpus}/tokenizer", "sequence_length=96", "too_long=drop"]
     phases = f"phases={{start: {{steps: 2}}, end: {{steps: 500, mixture: {mixture}}}}}"
     place = [phases] if own else ["phases={all: {steps: 500}}", f"data.mixture={mixture}"]
-    recipe = load_recipe(["recipe=demo", *(f"data.{word}" for word in data), *place])
+    recipe = load_recipe(["recipe=transcribe", *(f"data.{word}" for word in data), *place])
     words = load_tokenizer(corpus / "tokenizer")
     with pytest.raises(DataError) as caught:
         open_feed(recipe, words, model_config(recipe, words)).require(500)

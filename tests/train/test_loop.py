@@ -12,7 +12,9 @@ from train.engines import Shard, StepStats
 from train.loop import fit
 from train.recipe import load_recipe, spans
 
-RECIPE = load_recipe(["recipe=demo", "phases={a: {steps: 4}, b: {steps: 6, lr: 0.5, warmup_steps: 0}}", "save.every=3"])
+RECIPE = load_recipe(
+    ["recipe=transcribe", "phases={a: {steps: 4}, b: {steps: 6, lr: 0.5, warmup_steps: 0}}", "save.every=3"]
+)
 
 
 class Engine:

@@ -28,7 +28,7 @@ def test_every_recipe_composes(name: str) -> None:
 
 def test_overrides_reach_their_place_with_their_type() -> None:
     recipe = load_recipe(
-        ["recipe=demo", "engine=deepspeed", "engine.zero=3", "optim.lr=1e-4", "phases.all.steps=7", "init=null"]
+        ["recipe=transcribe", "engine=deepspeed", "engine.zero=3", "optim.lr=1e-4", "phases.all.steps=7", "init=null"]
         + ["data.speeds=[0.9,1.0]", "eval.sets.extra=[x/*.tar]", "optim.lr_scale={audio_tower.*: 0.1}"]
     )
     assert recipe.engine.name == "deepspeed" and recipe.engine.zero == 3
@@ -42,19 +42,19 @@ def test_overrides_reach_their_place_with_their_type() -> None:
     [
         (["recipe=dmo"], "unknown recipe 'dmo', did you mean 'demo'?"),
         ([], "give one recipe=NAME"),
-        (["recipe=demo", "optim.lrr=1"], "unknown setting 'optim.lrr', did you mean 'optim.lr'?"),
-        (["recipe=demo", "zero=3"], "unknown setting 'zero', did you mean 'engine.zero'?"),
-        (["recipe=demo", "engine=deepsped"], "unknown engine=deepsped, did you mean 'deepspeed'?"),
-        (["recipe=demo", "engine.name=megatron"], "engine.name=megatron"),
-        (["recipe=demo", "phases.all.stps=3"], "unknown setting phases.all.stps, did you mean 'steps'?"),
-        (["recipe=demo", "phases.all.steps=0"], "phases.all.steps=0: it must be at least 1"),
-        (["recipe=demo", "seed=abc"], "seed: expected a whole number, got 'abc'"),
-        (["recipe=demo", "optim=3"], "optim: expected settings, got 3"),
-        (["recipe=demo", "data.shards=x"], "data.shards: expected a list"),
-        (["recipe=demo", "model.text.num_experts_per_tok=99"], "num_experts_per_tok (99) must not exceed"),
-        (["recipe=demo", "data.too_long=cut"], "data.too_long=cut"),
-        (["recipe=demo", "lr"], "cannot read 'lr': settings are KEY=VALUE"),
-        (["recipe=demo", "data.shards=["], "recipe demo"),
+        (["recipe=transcribe", "optim.lrr=1"], "unknown setting 'optim.lrr', did you mean 'optim.lr'?"),
+        (["recipe=transcribe", "zero=3"], "unknown setting 'zero', did you mean 'engine.zero'?"),
+        (["recipe=transcribe", "engine=deepsped"], "unknown engine=deepsped, did you mean 'deepspeed'?"),
+        (["recipe=transcribe", "engine.name=megatron"], "engine.name=megatron"),
+        (["recipe=transcribe", "phases.all.stps=3"], "unknown setting phases.all.stps, did you mean 'steps'?"),
+        (["recipe=transcribe", "phases.all.steps=0"], "phases.all.steps=0: it must be at least 1"),
+        (["recipe=transcribe", "seed=abc"], "seed: expected a whole number, got 'abc'"),
+        (["recipe=transcribe", "optim=3"], "optim: expected settings, got 3"),
+        (["recipe=transcribe", "data.shards=x"], "data.shards: expected a list"),
+        (["recipe=transcribe", "model.text.num_experts_per_tok=99"], "num_experts_per_tok (99) must not exceed"),
+        (["recipe=transcribe", "data.too_long=cut"], "data.too_long=cut"),
+        (["recipe=transcribe", "lr"], "cannot read 'lr': settings are KEY=VALUE"),
+        (["recipe=transcribe", "data.shards=["], "recipe transcribe"),
         (["recipe=stage2"], "is not set: give"),
     ],
 )
@@ -65,7 +65,7 @@ def test_a_mistake_is_one_clear_line(argv: list[str], message: str) -> None:
 
 
 def test_a_recipe_is_frozen_and_survives_its_file(tmp_path: Path) -> None:
-    recipe = load_recipe(["recipe=demo", "optim.lr=3e-4"])
+    recipe = load_recipe(["recipe=transcribe", "optim.lr=3e-4"])
     with pytest.raises(dataclasses.FrozenInstanceError):
         recipe.seed = 3  # type: ignore[misc]
     (tmp_path / "recipe.yaml").write_text(as_yaml(recipe))
@@ -78,9 +78,11 @@ def test_nothing_is_instantiated_by_name(tmp_path: Path) -> None:
     """A planted `_target_` is an unknown setting, not a call."""
     canary = tmp_path / "canary"
     with pytest.raises(RecipeError, match="_target_"):
-        load_recipe(["recipe=demo", "optim._target_=builtins.open", f"optim.file={canary}"])
+        load_recipe(["recipe=transcribe", "optim._target_=builtins.open", f"optim.file={canary}"])
     saved = tmp_path / "recipe.yaml"
-    saved.write_text(as_yaml(load_recipe(["recipe=demo"])) + f"\nextra: !!python/object/apply:os.mkdir ['{canary}']\n")
+    saved.write_text(
+        as_yaml(load_recipe(["recipe=transcribe"])) + f"\nextra: !!python/object/apply:os.mkdir ['{canary}']\n"
+    )
     with pytest.raises(Exception, match="(?i)tag|constructor|extra"):
         load_saved(saved, [])
     assert not canary.exists()
@@ -102,12 +104,12 @@ def test_real_recipes_build_the_released_thinker(name: str) -> None:
 def test_vision_is_a_setting(tmp_path: Path) -> None:
     sizes = "{depth: 2, hidden_size: 16, intermediate_size: 16, num_heads: 2, out_hidden_size: 128,"
     sizes += " deepstack_visual_indexes: [0]}"
-    recipe = load_recipe(["recipe=demo", f"model.vision={sizes}", *FILL])
+    recipe = load_recipe(["recipe=transcribe", f"model.vision={sizes}", *FILL])
     tokenizer = train_tokenizer(["a b c"], 300)
     config = model_config(recipe, tokenizer)
     assert config.vision is not None and config.vision.depth == 2
     assert (config.image_token_id, config.video_token_id) == tuple(map(tokenizer.id, (IMAGE_PAD, VIDEO_PAD)))
     with pytest.raises(RecipeError, match="unknown setting model.vision.dpth, did you mean 'depth'?"):
-        load_recipe(["recipe=demo", f"model.vision={sizes.replace('depth', 'dpth')}", *FILL])
+        load_recipe(["recipe=transcribe", f"model.vision={sizes.replace('depth', 'dpth')}", *FILL])
     with pytest.raises(RecipeError, match="out_hidden_size"):
         load_recipe(["recipe=stage2", "model.vision.out_hidden_sise=3", *FILL])

@@ -64,7 +64,7 @@ def settings(folder: Path, run: Path, *more: str) -> list[str]:
     data += [f"shards=[{folder}/train/*.tar]", f"tokenizer={folder}/tokenizer"]
     phases = "phases={text: {steps: 2}, together: {steps: 2, speech: detached}, talker: {steps: 3, speech: frozen}}"
     words = [*TALKER, *(f"data.{word}" for word in data), phases, "save.every=1", "log.every=1", "optim.warmup_steps=0"]
-    return ["recipe=demo", "model=tiny_talker", f"run={run}", *words, "log.keys=true", *more, "eval={}"]
+    return ["recipe=transcribe", "model=tiny_talker", f"run={run}", *words, "log.keys=true", *more, "eval={}"]
 
 
 def lines(run: Path) -> list[dict]:
