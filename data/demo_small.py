@@ -73,15 +73,15 @@ def words(studio: Studio) -> list[dict]:
 
 
 SMALL = {
-    "animals_aloud": Task(None, 50, ("sentences",)),
-    "picture_text": Task(picture_text, 20, ("scenes",)),
-    "picture_voice": Task(picture_voice, 30, ("voices", "scenes")),
+    "animals_aloud": Task(None, 40, ("sentences",)),
+    "picture_text": Task(picture_text, 80, ("scenes",)),
+    "picture_voice": Task(picture_voice, 50, ("voices", "scenes")),
     "picture_aloud": Task(picture_aloud, 30, ("voices", "scenes")),
-    "sound_text": Task(sound_text, 15, ("scenes",)),
+    "sound_text": Task(sound_text, 10, ("scenes",)),
     "sound_voice": Task(sound_voice, 15, ("voices", "scenes")),
-    "film_text": Task(film_text, 15, ("scenes",)),
-    "film_voice": Task(film_voice, 15, ("voices", "scenes")),
-    "words": Task(words, 20, ("voices",)),
+    "film_text": Task(film_text, 40, ("scenes",)),
+    "film_voice": Task(film_voice, 25, ("voices", "scenes")),
+    "words": Task(words, 40, ("voices",)),
 }
 KNOWN_TASKS = TASKS | SPOKEN | SMALL
 
