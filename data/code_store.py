@@ -19,10 +19,10 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 import safetensors
@@ -63,11 +63,13 @@ _HEAD = struct.Struct("<II")  # of a record: bytes and their crc32
 
 def codes_location(tar: str) -> str:
     """Where the codes of a shard lie, a path or an address."""
-    return f"{tar}.codes"
+    return ShardCodes.location(tar)
 
 
 def about_codes(index: ShardIndex, codec: Codec, max_seconds: float) -> dict[str, Any]:
     """What codes of this shard by this codec say of themselves, but for speakers and what is left out."""
+    if "://" in index.tar:
+        raise DataError(f"{index.tar}: codes are written beside local shards only; copy the shard to a disk")
     if not 1 <= codec.codebook_size <= MAX_CODEBOOK:
         raise DataError(f"codec {codec.identity} has codebooks of {codec.codebook_size}, at most {MAX_CODEBOOK} fit")
     return {
@@ -82,12 +84,23 @@ def about_codes(index: ShardIndex, codec: Codec, max_seconds: float) -> dict[str
 
 
 class ShardCodes:
-    """The codes of one shard, mapped. Use `ShardCodes.open`."""
+    """The codes of one shard, mapped. Use `ShardCodes.open`. A subclass is another file of the same make."""
+
+    suffix, format, what = "codes", FORMAT, "codec codes"
+    command = "python -m data.codes codec=FOLDER shards={tar}"
+    columns: Mapping[str, type[np.generic]] = COLUMNS
+    about_types: Mapping[str, type] = _ABOUT
 
     def __init__(self, about: Mapping[str, Any], columns: Mapping[str, np.ndarray]) -> None:
         self.about = about
         self.num_codebooks: int = about["codebooks"]
         self._offsets, self._sums, self._codes, self._speakers = (columns[name] for name in COLUMNS)
+        self._muted: np.ndarray | None = None  # bool [N]
+
+    @classmethod
+    def location(cls, tar: str) -> str:
+        """Where the file of a shard lies, a path or an address."""
+        return f"{tar}.{cls.suffix}"
 
     @classmethod
     def open(
@@ -97,27 +110,25 @@ class ShardCodes:
         identity: str | None = None,
         codebooks: int | None = None,
         store: Store | None = None,
-    ) -> ShardCodes:
+    ) -> Self:
         """Map the codes beside `tar`, whose index is `index`.
 
         Raises DataError where they are missing or damaged, and for codes of another shard, of another codec than
         `identity` or of another number of codebooks than `codebooks`, where these are given.
         """
-        path = codes_location(str(tar))
-        again = f"make it again with: python -m data.codes codec=FOLDER shards={tar} replace=true"
+        path, command = cls.location(str(tar)), cls.command.format(tar=tar)
+        again = f"make it again with: {command} replace=true"
         try:
             columns, metadata = mapped((store or Store(StoreSettings(cache_gb=0))).local_copy(path))
             about = json.loads(metadata.get("omniloom", "{}"))
         except (Missing, FileNotFoundError):
-            raise DataError(
-                f"{tar}: has no codec codes; make them with: python -m data.codes codec=FOLDER shards={tar}"
-            ) from None
+            raise DataError(f"{tar}: has no {cls.what}; make them with: {command}") from None
         except DataError:
             raise
         except (safetensors.SafetensorError, OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-            raise DataError(f"{path}: damaged codes ({error}); {again}") from None
-        if problem := _problem(about, columns):
-            raise DataError(f"{path}: damaged codes ({problem}); {again}")
+            raise DataError(f"{path}: damaged {cls.suffix} ({error}); {again}") from None
+        if problem := cls.problem(about, columns):
+            raise DataError(f"{path}: damaged {cls.suffix} ({problem}); {again}")
         if any(about[name] != value for name, value in _shard(index).items()):
             raise DataError(f"{path}: made from another shard or index than is there now; {again}")
         if identity is not None and about["codec"] != identity:
@@ -128,17 +139,49 @@ class ShardCodes:
             )
         return cls(about, columns)
 
+    @classmethod
+    def problem(cls, about: Any, columns: Mapping[str, np.ndarray]) -> str | None:
+        """What makes a file unusable as a whole, None where nothing does."""
+        if not isinstance(about, dict) or about.get("format") != cls.format:
+            return f"its format is {about.get('format') if isinstance(about, dict) else None}, needed is {cls.format}"
+        for name, kind in cls.about_types.items():
+            if type(about.get(name)) is not kind:
+                return f"metadata {name} is missing or no {kind.__name__}"
+        if not (0 < about["codebooks"] < 1 << 16 and 0 < about["codebook_size"] <= MAX_CODEBOOK):
+            return "its codebooks are out of bounds"
+        if not all(isinstance(name, str) for name in about["speakers"] + about["left_out"]):
+            return "speakers or left_out are not all text"
+        for name, dtype in cls.columns.items():
+            if name not in columns or columns[name].dtype != dtype:
+                return f"column {name} is missing or not {np.dtype(dtype).name}"
+        offsets, sums, codes, speakers = (columns[name] for name in COLUMNS)
+        if len(offsets) != len(sums) + 1 or len(speakers) != len(sums):
+            return "its columns differ in length"
+        frames = int(offsets[-1])
+        if offsets[0] != 0 or frames * about["codebooks"] != len(codes) or (offsets[1:] < offsets[:-1]).any():
+            return "its offsets make no sense"
+        if speakers.max(initial=0) >= max(len(about["speakers"]), 1):
+            return "a speaker has no name"
+        return None
+
     def frames(self, rows: np.ndarray | slice) -> np.ndarray:
         """int64: frames of the samples of `rows`, 0 where there is no speech, or none that can be used."""
         if isinstance(rows, slice):
             first, last, _ = rows.indices(len(self._sums))
-            return np.diff(self._offsets[first : last + 1])
-        return self._offsets[rows + 1] - self._offsets[rows]
+            frames = np.diff(self._offsets[first : last + 1])
+        else:
+            frames = self._offsets[rows + 1] - self._offsets[rows]
+        return frames if self._muted is None else np.where(self._muted[rows], 0, frames)
+
+    def only(self, speakers: Collection[str]) -> None:
+        """Have no frames of anybody but `speakers` any more."""
+        spoken = [code for code, name in enumerate(self.about["speakers"]) if name in speakers]
+        self._muted = ~np.isin(self._speakers, spoken)
 
     def codes(self, row: int) -> Tensor | None:
         """int64 [G, T] of sample `row`, None where it has no frames. Raises BadSample where the bytes have changed."""
         first, last = self._offsets[row : row + 2].tolist()
-        if first == last:
+        if first == last or (self._muted is not None and self._muted[row]):
             return None
         codes = self._codes[first * self.num_codebooks : last * self.num_codebooks]
         if crc32(codes.tobytes()) != self._sums[row] or codes.max() >= self.about["codebook_size"]:
@@ -148,7 +191,7 @@ class ShardCodes:
     @property
     def speakers(self) -> set[str]:
         """Who speaks in the samples that have codes; "" where that is unknown."""
-        spoken = np.diff(self._offsets) > 0
+        spoken = self.frames(slice(None)) > 0
         return {self.about["speakers"][code] for code in np.unique(self._speakers[spoken]).tolist()}
 
     def speaker(self, row: int) -> str:
@@ -156,20 +199,18 @@ class ShardCodes:
         return self.about["speakers"][self._speakers[row]]
 
 
-class CodesWriter:
-    """Writes the codes of a shard, row after row, and goes on where an earlier one was killed."""
+class RowsWriter:
+    """Writes a file of a shard, row after row, and goes on where an earlier one was killed."""
 
-    def __init__(self, index: ShardIndex, codec: Codec, max_seconds: float, replace: bool = False) -> None:
-        """Open the partial file and cut off what is not whole.
+    def __init__(self, index: ShardIndex, about: dict[str, Any], kind: type[ShardCodes], replace: bool) -> None:
+        """Open the partial file and cut off what is not whole; `about` is what a `kind` says but for who speaks.
 
-        Raises DataError where another process writes it, and for one of another codec, shard or limit, which
-        `replace` begins anew.
+        Raises DataError where another process writes it, and for one that is about something else, which `replace`
+        begins anew.
         """
-        if "://" in index.tar:
-            raise DataError(f"{index.tar}: codes are written beside local shards only; copy the shard to a disk")
-        self.path, self._index = Path(codes_location(index.tar)), index
+        self.path, self._index = Path(kind.location(index.tar)), index
         self._partial = self.path.with_name(f"{self.path.name}.partial")
-        self._about = about_codes(index, codec, max_seconds)
+        self._about = about
         self._file: BinaryIO = open(self._partial, "a+b")  # noqa: SIM115 (open as long as the lock is held)
         try:
             self._resume(replace)
@@ -177,22 +218,11 @@ class CodesWriter:
             self._file.close()
             raise
 
-    def __enter__(self) -> CodesWriter:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self._file.close()
-
-    def add(self, row: int, codes_GT: Tensor, speaker: str) -> None:
-        """The codes of sample `row`, int64 [G, T]. Raises BadSample where they are no codes of this codec."""
-        groups, size = self._about["codebooks"], self._about["codebook_size"]
-        if codes_GT.ndim != 2 or len(codes_GT) != groups or codes_GT.dtype is not torch.int64:
-            raise ValueError(f"codes are {codes_GT.dtype} {list(codes_GT.shape)}, not int64 [{groups}, frames]")
-        if not codes_GT.shape[1]:
-            raise BadSample("the codec made no codes of it")
-        if codes_GT.min() < 0 or codes_GT.max() >= size:
-            raise ValueError(f"codes run from {codes_GT.min()} to {codes_GT.max()}, they must lie in 0 .. {size - 1}")
-        self._append({"row": row, "speaker": speaker}, codes_GT.T.numpy().astype("<u2").tobytes())
 
     def leave_out(self, row: int, reason: str) -> None:
         """Note why the speech of sample `row` cannot be used."""
@@ -202,7 +232,7 @@ class CodesWriter:
         """Write the codes under their name, and drop the partial file."""
         samples, groups = self._index.num_samples, self._about["codebooks"]
         frames, sums, speakers = np.zeros(samples, np.int64), np.zeros(samples, np.uint32), np.zeros(samples, np.uint16)
-        names, pieces, left_out = {"": 0}, [], []
+        names, pieces, left_out, heads = {"": 0}, [], [], {}
         self._file.seek(0)
         for head, codes in _records(self._file):
             if "left_out" in head:
@@ -210,6 +240,7 @@ class CodesWriter:
             if not codes:
                 continue
             row, name = head["row"], head["speaker"]
+            heads[row] = head
             if name not in names and len(names) == MAX_CODEBOOK:
                 raise DataError(f"{self.path}: its shard has more than {MAX_CODEBOOK:,} different speakers; divide it")
             speakers[row] = names.setdefault(name, len(names))
@@ -221,10 +252,24 @@ class CodesWriter:
             "sums": sums,
             "codes": np.frombuffer(b"".join(pieces), "<u2"),
             "speakers": speakers,
+            **self._more_columns(heads),
         }
         about = self._about | {"speakers": list(names), "left_out": left_out}
         write_atomically(self.path, save(arrays, metadata={"omniloom": json.dumps(about, ensure_ascii=False)}))
         self._partial.unlink()
+
+    def _more_columns(self, heads: Mapping[int, Mapping[str, Any]]) -> dict[str, np.ndarray]:
+        """Columns of a subclass, from what it kept beside the codes of each row."""
+        return {}
+
+    def _checked(self, codes_GT: Tensor) -> bytes:
+        """Codes as they are kept. Raises ValueError where they are no codes of this codec."""
+        groups, size = self._about["codebooks"], self._about["codebook_size"]
+        if codes_GT.ndim != 2 or len(codes_GT) != groups or codes_GT.dtype is not torch.int64:
+            raise ValueError(f"codes are {codes_GT.dtype} {list(codes_GT.shape)}, not int64 [{groups}, frames]")
+        if codes_GT.numel() and not 0 <= codes_GT.min() <= codes_GT.max() < size:
+            raise ValueError(f"codes run from {codes_GT.min()} to {codes_GT.max()}, they must lie in 0 .. {size - 1}")
+        return codes_GT.T.numpy().astype("<u2").tobytes()
 
     def _resume(self, replace: bool) -> None:
         try:
@@ -252,6 +297,21 @@ class CodesWriter:
         self.next_row = head.get("row", -1) + 1
 
 
+class CodesWriter(RowsWriter):
+    """Writes the codes of a shard."""
+
+    def __init__(self, index: ShardIndex, codec: Codec, max_seconds: float, replace: bool = False) -> None:
+        """See RowsWriter."""
+        super().__init__(index, about_codes(index, codec, max_seconds), ShardCodes, replace)
+
+    def add(self, row: int, codes_GT: Tensor, speaker: str) -> None:
+        """The codes of sample `row`, int64 [G, T]. Raises BadSample where there are none."""
+        payload = self._checked(codes_GT)
+        if not payload:
+            raise BadSample("the codec made no codes of it")
+        self._append({"row": row, "speaker": speaker}, payload)
+
+
 def difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     """The first thing in which codes that were found are not those that are wanted."""
     name = next(name for name in wanted if found.get(name) != wanted[name])
@@ -277,28 +337,3 @@ def _shard(index: ShardIndex) -> dict[str, Any]:
     digest = hashlib.sha256(index.columns["key_offsets"].tobytes() + index.columns["key_bytes"].tobytes())
     sizes = {name: index.about[name] for name in ("tar_size", "header_digest")}
     return sizes | {"keys_digest": digest.hexdigest()}
-
-
-def _problem(about: Any, columns: Mapping[str, np.ndarray]) -> str | None:
-    """What makes codes unusable as a whole, None where nothing does."""
-    if not isinstance(about, dict) or about.get("format") != FORMAT:
-        return f"its format is {about.get('format') if isinstance(about, dict) else None}, needed is {FORMAT}"
-    for name, kind in _ABOUT.items():
-        if type(about.get(name)) is not kind:
-            return f"metadata {name} is missing or no {kind.__name__}"
-    if not (0 < about["codebooks"] < 1 << 16 and 0 < about["codebook_size"] <= MAX_CODEBOOK):
-        return "its codebooks are out of bounds"
-    if not all(isinstance(name, str) for name in about["speakers"] + about["left_out"]):
-        return "speakers or left_out are not all text"
-    for name, dtype in COLUMNS.items():
-        if name not in columns or columns[name].dtype != dtype:
-            return f"column {name} is missing or not {np.dtype(dtype).name}"
-    offsets, sums, codes, speakers = (columns[name] for name in COLUMNS)
-    if len(offsets) != len(sums) + 1 or len(speakers) != len(sums):
-        return "its columns differ in length"
-    frames = int(offsets[-1])
-    if offsets[0] != 0 or frames * about["codebooks"] != len(codes) or (offsets[1:] < offsets[:-1]).any():
-        return "its offsets make no sense"
-    if speakers.max(initial=0) >= max(len(about["speakers"]), 1):
-        return "a speaker has no name"
-    return None

@@ -19,6 +19,7 @@ import numpy as np
 from data.code_store import ShardCodes
 from data.costs import Costs
 from data.errors import DataError
+from data.pair_store import ShardPairs
 from data.shard_index import ShardIndex, index_location
 from data.store import Missing, Store, StoreSettings
 
@@ -38,6 +39,8 @@ class Corpus:
         codec: str = "",
     ) -> None:
         self.codec = codec  # identity of the codec whose codes are read with the samples; empty for none
+        self.pairs = False  # read preference pairs instead, data.pair_store
+        self.voices: tuple[str, ...] = ()  # whose speech is read; empty: everybody's
         self.speakers: frozenset[str] = frozenset()  # of their speech; known to who opened the corpus
         self.paths = tuple(map(str, paths))  # or addresses
         self.store = store or Store(StoreSettings(cache_gb=0))
@@ -55,12 +58,15 @@ class Corpus:
         tokenizer_fingerprint: str | None = None,
         settings: StoreSettings | None = None,
         codec: str = "",
+        pairs: bool = False,
+        voices: Sequence[str] = (),
     ) -> Corpus:
         """Open and check every shard that `patterns` name.
 
         Raises DataError, naming the shard, for a missing shard or index, an index that is not its tar's, and an index
         made with another tokenizer than the one of `tokenizer_fingerprint`. With the identity of a `codec`, also for
-        shards without codes, or with those of another codec.
+        shards without codes, or with those of another codec; with `pairs` the same of preference pairs. Where `voices`
+        are named, samples of other speakers count as not spoken.
         """
         store = Store(settings)
         paths = store.expand(patterns)
@@ -78,16 +84,24 @@ class Corpus:
             counts.append(index.num_samples)
             digest.update(repr((name, about["tar_size"], about["header_digest"], about["cost_digest"])).encode())
             if codec:
-                codes = ShardCodes.open(path, index, codec, store=store)
-                digest.update(codec.encode() + codes.frames(slice(None)).tobytes())
+                codes = _open_codes(path, index, codec, store, pairs, voices)
+                made = codes.about.get("made", "")  # pairs may be made anew in many ways
+                digest.update((made + codec).encode() + codes.frames(slice(None)).tobytes())
                 speakers |= codes.speakers
         corpus = cls(paths, names, np.cumsum(counts, dtype=np.int64), digest.hexdigest(), store, codec)
-        corpus.speakers = frozenset(speakers)
+        corpus.speakers, corpus.pairs, corpus.voices = frozenset(speakers), pairs, tuple(voices)
         return corpus
+
+    @property
+    def sought(self) -> str:
+        """What samples have that take part, where speech is read."""
+        what = "preference pairs" if self.pairs else "speech codes"
+        return f"{what} of {', '.join(self.voices)}" if self.voices else what
 
     def __reduce__(self) -> tuple:
         """Travel without open files."""
-        return Corpus, (self.paths, self.names, self.offsets, self.fingerprint, self.store, self.codec)
+        arguments = self.paths, self.names, self.offsets, self.fingerprint, self.store, self.codec
+        return Corpus, arguments, {"pairs": self.pairs, "voices": self.voices}
 
     def index(self, shard: int) -> ShardIndex:
         """The index of a shard; the MAX_OPEN last used ones stay open."""
@@ -95,7 +109,7 @@ class Corpus:
         if index is None:
             index = ShardIndex.open(self.paths[shard], self.store)
             if self.codec:
-                index.codes = ShardCodes.open(self.paths[shard], index, self.codec, store=self.store)
+                index.codes = _open_codes(self.paths[shard], index, self.codec, self.store, self.pairs, self.voices)
         self._open[shard] = index
         if len(self._open) > MAX_OPEN:
             del self._open[next(iter(self._open))]
@@ -120,6 +134,15 @@ class Corpus:
         """One line for every sample that indexing found unusable."""
         lines = [str(line) for shard in range(len(self.paths)) for line in self.index(shard).about["left_out"]]
         return [line if line.isprintable() else repr(line)[1:-1] for line in lines]  # they go to terminals
+
+
+def _open_codes(
+    path: str, index: ShardIndex, codec: str, store: Store, pairs: bool, voices: Sequence[str]
+) -> ShardCodes:
+    codes = (ShardPairs if pairs else ShardCodes).open(path, index, codec, store=store)
+    if voices:
+        codes.only(voices)
+    return codes
 
 
 def _fetch_indexes(store: Store, paths: Sequence[str]) -> None:

@@ -18,12 +18,14 @@ from dataclasses import dataclass, field, fields
 
 import numpy as np
 
+from data.code_store import ShardCodes
 from data.corpus import Corpus
 from data.costs import AUDIO, IMAGE, Costs, Sizing, Work
 from data.errors import DataError
 from data.hashing import hashed
 from data.mel import HOP
 from data.mixture import NO_SOURCE, Group, Mixture
+from data.pair_store import ShardPairs
 from data.shard_index import ShardIndex
 from data.split import Piece, split_document
 
@@ -224,7 +226,8 @@ def scan(corpus: Corpus, measure: Measure, groups: Sequence[Group] | None) -> Ta
             f"{corpus.num_samples}); raise data.sequence_length or set data.too_long=drop or split"
         )
     if found.silent and found.silent == found.taking_part:
-        raise DataError("no sample has speech codes; make them with: python -m data.codes codec=FOLDER shards=...")
+        command = (ShardPairs if corpus.pairs else ShardCodes).command.format(tar="...")
+        raise DataError(f"no sample has {corpus.sought}; make them with: {command}")
     return Tally(found.long, dict(found.dropped), tuple(found.tokens_G.tolist()), found.silent)
 
 

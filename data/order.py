@@ -127,7 +127,7 @@ class EvenOrder:
         self.measure = measure
         self.tally = tally
         if sum(tally.dropped.values()) + tally.silent == corpus.num_samples:
-            which = "all that have speech codes" if tally.silent else "all"
+            which = f"all that have {corpus.sought}" if tally.silent else "all"
             raise DataError(
                 f"no sample is left: {which} are longer than sequence_length={measure.settings.sequence_length}"
             )

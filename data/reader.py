@@ -12,10 +12,11 @@ Shapes: T tokens, S samples at 16 kHz, F log-mel frames, M mel filters.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import replace
-from typing import Protocol, Self
+from functools import partial
+from typing import Any, Protocol, Self
 
 import numpy as np
 from torch import Tensor
@@ -28,11 +29,12 @@ from data.document import Document, Maker, MediaLimits, join
 from data.errors import BadSample
 from data.layout import Layout
 from data.mel import log_mel
+from data.pair_store import ShardPairs
 from data.plan import Pack
 from data.sample import MAX_MEDIA, SampleRecord, media_of, parse_sample
 from data.split import Piece, split_document
 from data.tokenizer import Tokenizer
-from data.types import Batch
+from data.types import Batch, Speech, SpeechPairs
 
 
 class Records(Protocol):
@@ -84,7 +86,7 @@ class Reader:
                 documents.append(self._document(sample, epoch, piece, speed, tokens))
             except BadSample as error:
                 skipped.append(f"{self.corpus.name(sample)}: {error.reason}")
-        return join(documents, skipped, self.layout.join_speech if self.corpus.codec else None)
+        return join(documents, skipped, self._join_speech())
 
     def prompts(self, samples: Sequence[int], *, whole: bool = False) -> tuple[Batch, list[int]]:
         """Samples up to where the assistant answers, or `whole`, as a batch, and which of them could be read."""
@@ -128,11 +130,31 @@ class Reader:
         """The document with the codes of its answer."""
         shard, row = self.corpus.locate(sample)
         codes = self.corpus.index(shard).codes
+        if isinstance(codes, ShardPairs):
+            return self._paired(document, codes, row)
         codes_GF = codes.codes(row) if codes else None
         if codes is None or codes_GF is None:
             raise BadSample("its answer has no speech codes")
         speech = self.layout.speech(document.ids_T, document.position_ids_3T, codes.speaker(row), codes_GF)
         return replace(document, speech=speech, frames=codes_GF.shape[1])
+
+    def _paired(self, document: Document, pairs: ShardPairs, row: int) -> Document:
+        """The document with its answer in two ways."""
+        pair = pairs.pair(row)
+        if pair is None:
+            raise BadSample("its answer has no preference pair")
+        ways = pair.chosen_GF, pair.rejected_GF
+        speaker, ids_T, places_3T = pairs.speaker(row), document.ids_T, document.position_ids_3T
+        spoken = tuple(self.layout.speech(ids_T, places_3T, speaker, codes_GF) for codes_GF in ways)
+        frames = sum(codes_GF.shape[1] for codes_GF in ways)
+        return replace(document, speech=SpeechPairs(spoken, pair.logprobs_22), frames=frames)
+
+    def _join_speech(self) -> Callable[[Sequence[Any]], Speech] | None:
+        """How documents' speech becomes that of a batch, None where none is read."""
+        if not self.corpus.codec:
+            return None
+        join_speech = self.layout.join_speech
+        return partial(SpeechPairs.join, join_speech) if self.corpus.pairs else join_speech
 
     def _piece(self, sample: int, piece: int) -> Piece:
         costs = self.corpus.costs(sample)

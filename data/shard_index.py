@@ -57,7 +57,7 @@ COLUMNS = {
     "source": np.uint16,  # N; code into about["sources"]
 }
 # as safetensors names them
-_KINDS = {"U8": "u1", "U16": "<u2", "U32": "<u4", "I32": "<i4", "I64": "<i8", "F64": "<f8"}
+_KINDS = {"U8": "u1", "U16": "<u2", "U32": "<u4", "I32": "<i4", "I64": "<i8", "F32": "<f4", "F64": "<f8"}
 _RAGGED = {"key_offsets": "key_bytes", "member_offsets": "member_start", "media_offsets": "media_kind"}
 _MEMBERS = ("member_size", "member_crc", "member_extension")
 _MEDIA = (

@@ -6,9 +6,9 @@ that the Talker reads of the Thinker where that does not run, H = its width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -20,6 +20,27 @@ class Speech(Protocol):
     def map_tensors(self, change: Callable[[Tensor], Tensor]) -> Self:
         """The same with every tensor replaced by `change(tensor)`."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class SpeechPairs:
+    """Answers in two ways each, the better one first, as preference optimisation takes them.
+
+    Of one conversation `parts` are its two ways; of a batch one part holds all of them, end to end.
+    """
+
+    parts: tuple[Speech, ...]
+    logprobs_N2: Tensor  # float32, nats, by the reference, of each way: of first codes with the end, of residual codes
+
+    def map_tensors(self, change: Callable[[Tensor], Tensor]) -> SpeechPairs:
+        """See Speech."""
+        return SpeechPairs(tuple(part.map_tensors(change) for part in self.parts), change(self.logprobs_N2))
+
+    @staticmethod
+    def join(join_speech: Callable[[Sequence[Any]], Speech], pairs: Sequence[Any]) -> SpeechPairs:
+        """SpeechPairs of conversations as those of a batch."""
+        whole = join_speech([part for pair in pairs for part in pair.parts])
+        return SpeechPairs((whole,), torch.cat([torch.empty(0, 2), *(pair.logprobs_N2 for pair in pairs)]))
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,7 +64,7 @@ def tts(argv: Sequence[str]) -> None:
     """Evaluate the speech of one run."""
     given, rest = parse(argv, KNOWN)
     order, opened = _order(given), open_run(Path(given["run"]), rest)
-    recogniser = _recogniser(given, rest)
+    recogniser = open_recogniser(given, rest)
     out = Path(given["out"]) if given["out"] else None
     if out is not None:
         check_folder(out)
@@ -84,7 +84,7 @@ def regression(argv: Sequence[str]) -> None:
     order, tolerance = _order(given), number(given, "tolerance", 0, 10)
     opened, before = open_run(Path(given["run"]), rest), open_run(Path(given["baseline"]), rest)
     before = replace(before, recipe=replace(before.recipe, eval=opened.recipe.eval))  # the same samples
-    recogniser = _recogniser(given, rest)
+    recogniser = open_recogniser(given, rest)
     out = Path(given["out"]) if given["out"] else None
     if out is not None:
         check_folder(out)
@@ -176,7 +176,7 @@ def _reports(run: _Speech, recogniser: Recogniser, folder: Path) -> list[SpeechR
     return reports
 
 
-def _recogniser(given: dict[str, str], rest: Sequence[str]) -> Recogniser:
+def open_recogniser(given: dict[str, str], rest: Sequence[str]) -> Recogniser:
     """The Thinker of another run, and how it is asked."""
     folder = Path(given["recogniser"])
     try:

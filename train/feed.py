@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from data.augment import Augment
 from data.codec import open_codec
@@ -23,7 +23,7 @@ from models.config import ThinkerConfig
 from models.omni_config import OmniConfig
 from train.evaluate import Evaluator
 from train.layout import ModelLayout, media_tokens, work_of
-from train.recipe import Recipe, Span, spans
+from train.recipe import Phase, Recipe, Span, spans
 
 MOST_ROWS = 40  # of a table
 
@@ -47,7 +47,7 @@ class Course:
         for source, count in sorted(plan.left_out.items()):
             lines.append(f"left out by the mixture: {count:,} samples of source {source}")
         if plan.tally.silent:
-            lines.append(f"left out as their answers have no speech codes: {plan.tally.silent:,} samples")
+            lines.append(f"left out as their answers have no {corpus.sought}: {plan.tally.silent:,} samples")
         left_out = corpus.left_out()
         lines += [f"left out by the index: {line}" for line in left_out[:5]]
         if len(left_out) > 5:
@@ -120,11 +120,26 @@ class Feed:
         return found
 
 
+class Reads(NamedTuple):
+    """What a phase reads of the shards."""
+
+    speech: str  # "" text alone, "codes", "pairs"
+    speakers: tuple[str, ...]  # empty: all
+    sequence_length: int
+
+    @classmethod
+    def of(cls, phase: Phase, sequence_length: int) -> Reads:
+        """`sequence_length` is that of phases without their own."""
+        speech = {"off": "", "preference": "pairs"}.get(phase.speech, "codes")
+        return cls(speech, tuple(phase.speakers), phase.sequence_length or sequence_length)
+
+
 def open_feed(recipe: Recipe, tokenizer: Tokenizer, model: ThinkerConfig | OmniConfig) -> Feed:
     """The order of training and what reads it. Raises DataError for shards that cannot be used.
 
-    A phase with a mixture of its own has a plan of its own. The others share one, which stands still meanwhile; those
-    that train speech share another one, of the samples whose answers have codes.
+    A phase with a mixture of its own has a plan of its own. The others share one, which stands still meanwhile, with
+    the phases that read the same: samples whose answers have codes, or pairs, or are of some speakers. Phases that
+    begin at max_steps or later are left alone: their pairs may have yet to be made.
     """
     data = recipe.data
     settings = PlanSettings(
@@ -136,30 +151,34 @@ def open_feed(recipe: Recipe, tokenizer: Tokenizer, model: ThinkerConfig | OmniC
         data.augment.ramp_epochs,
         data.mixture,
     )
-    readers: dict[bool, Reader] = {}
-    shared: dict[bool, Plan] = {}
-    steps: Counter[bool] = Counter()  # that the shared plans have given
+    readers: dict[Reads, Reader] = {}
+    shared: dict[Reads, Plan] = {}
+    steps: Counter[Reads] = Counter()  # that the shared plans have given
     courses = {}
-    for span in spans(recipe):
-        speaks = span.phase.speech != "off"
-        reader = readers[speaks] = readers.get(speaks) or open_reader(recipe, tokenizer, model, speaks)
+    reached = [span for span in spans(recipe) if not recipe.max_steps or span.start < recipe.max_steps]
+    for span in reached:
+        reads = Reads.of(span.phase, data.sequence_length)
+        reader = readers[reads] = readers.get(reads) or open_reader(recipe, tokenizer, model, reads)
+        if absent := sorted(set(reads.speakers) - reader.corpus.speakers):
+            raise DataError(f"phases.{span.name}.speakers: no answer of {absent[0]!r} has {reader.corpus.sought}")
+        settings = replace(settings, sequence_length=reads.sequence_length)
         make = partial(Plan, reader.corpus, seed=recipe.seed, sizing=reader.sizing, work=work_of(thinker_of(model)))
         if span.phase.mixture is not None:
             own, name = replace(settings, mixture=span.phase.mixture), f"phases.{span.name}.mixture"
             courses[span.name] = Course(make(own, mixture=name), span.start, reader)
         else:
-            plan = shared[speaks] = shared.get(speaks) or make(settings)
-            courses[span.name] = Course(plan, span.start - steps[speaks], reader)
-            steps[speaks] += span.phase.steps
-    return Feed(spans(recipe), courses)
+            plan = shared[reads] = shared.get(reads) or make(settings)
+            courses[span.name] = Course(plan, span.start - steps[reads], reader)
+            steps[reads] += span.phase.steps
+    return Feed(reached, courses)
 
 
-def open_reader(recipe: Recipe, tokenizer: Tokenizer, model: ThinkerConfig | OmniConfig, speaks: bool) -> Reader:
-    """The shards, and what reads them; with the answers' codes where a phase `speaks`."""
-    data = recipe.data
-    codec = codec_of(data.codec, model) if speaks else ""
-    corpus = Corpus.open(data.shards, tokenizer.fingerprint, data.store, codec)
-    if speaks:
+def open_reader(recipe: Recipe, tokenizer: Tokenizer, model: ThinkerConfig | OmniConfig, reads: Reads) -> Reader:
+    """The shards, and what reads of them what a phase reads."""
+    data, pairs = recipe.data, reads.speech == "pairs"
+    codec = codec_of(data.codec, model) if reads.speech else ""
+    corpus = Corpus.open(data.shards, tokenizer.fingerprint, data.store, codec, pairs, reads.speakers)
+    if reads.speech:
         check_speakers(corpus, model)
     return Reader(
         corpus,
@@ -168,7 +187,7 @@ def open_reader(recipe: Recipe, tokenizer: Tokenizer, model: ThinkerConfig | Omn
         layout=model_layout(model, tokenizer),
         limits=data.limits,
         augment=None if data.augment == Augment() else data.augment,
-        sequence_length=data.sequence_length,
+        sequence_length=reads.sequence_length,
     )
 
 

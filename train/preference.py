@@ -1,8 +1,9 @@
 """Preference optimisation of the Talker: DPO on pairs of code sequences, as sums over pairs.
 
-    chosen, rejected plans --pair--> TalkerPlan [chosen 0, rejected 0, chosen 1, ...]
-    policy    --talker_logprobs--> logprob of each document [N] --.
-    reference --the same without gradient, or a cached [N]-------+--dpo_sums--> loss, sft, margins, right ones
+    conversation --Thinker, frozen, up to the Talker's layer, once--> media rows --twice--.
+    chosen, rejected plans --TalkerPlan [chosen 0, rejected 0, chosen 1, ...]-------------+--> Talker
+      --> logprob of each document [N] --.
+    reference's, from the pairs file [N] -+--dpo_sums--> preference, sft, margin, right ones
 
     reward = beta * (log p(codes) - log p_reference(codes))
     loss   = -log sigmoid(reward of chosen - reward of rejected)           Rafailov et al. 2023, eq. 7
@@ -12,19 +13,25 @@ Rafailov's. Optional: rewards per code, so that longer speech is not favoured (l
 et al. 2024, section 5); cross-entropy per code of the chosen sequence on top (Pang et al. 2024; Llama 3 adds
 0.2 of it, Dubey et al. 2024, section 4.1.4).
 
+The reference is the Talker that spoke the candidates: launch.preferences keeps its log-probabilities beside the pairs
+(data/pair_store.py). So a resumed run has the same reference whatever the engine, and nothing of it is in a checkpoint.
+
 A sequence's probability is that of its first codes and its end, and with `residual_weight` 1 that of all its codes. The
-residual codebooks are most of the codes and of the cost, and say least of the words, so they are left out by default.
+residual codebooks are most of the codes and of the cost, and say least of the words, so they are left out by default;
+what only they need is frozen then: weight decay would wear it away.
 
 Sums and the count of pairs, never means: shares of any split that leaves pairs together add up (train/loss.py).
 
-Cost: policy and a live reference run on both sequences of a pair. No more than `max_logits` logits exist at a time;
-they are computed again in backward, since each document's weight in the gradient is known only then.
+Cost: the Talker runs on both sequences of a pair. No more than `max_logits` logits exist at a time; they are computed
+again in backward, since each document's weight in the gradient is known only then.
 
-Letters: N documents (2 for each pair), P positions, F frames, D hidden, V codes, H hidden of the Thinker, C chunk.
+Letters: N documents (2 for each pair), P positions, F frames, D hidden, V codes, H hidden of the Thinker, C chunk,
+M multimodal rows.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -32,12 +39,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from data.types import Batch, SpeechPairs
+from models.omni import Omni
 from models.talker import Talker
-from models.talker_inputs import IGNORE, TalkerPlan, join, talker_inputs
+from models.talker_inputs import IGNORE, TalkerPlan, join, multimodal_rows
 from train.errors import RecipeError
-from train.loss import MAX_LOGITS
+from train.loss import MAX_LOGITS, Term, Totals
+from train.speech import SpeechObjective, hidden_states
+
+TERMS = ("preference", "sft", "margin", "right")
 
 
 @dataclass(frozen=True)
@@ -45,44 +57,73 @@ class PreferenceConfig:
     """Settings of the loss; sources above."""
 
     beta: float = 0.1
-    residual_weight: float = 0.0  # of the residual codebooks' log-probabilities; 1 is the whole sequence's
-    length_normalised: bool = False  # rewards per code: beta then is larger, 5 in Tulu 3
+    residual_weight: float = 0.0
+    """Of the residual codebooks' log-probabilities; 1 is the whole sequence's."""
+    length_normalised: bool = False
+    """Rewards per code: beta then is larger, 5 in Tulu 3."""
     sft_weight: float = 0.0
+    """Of the cross-entropy per code of the chosen sequences."""
 
     def __post_init__(self) -> None:
         """Reject what would turn the preference round."""
-        if self.beta <= 0:
-            raise RecipeError(f"preference.beta must be above 0, not {self.beta}")
+        if not 0 < self.beta < math.inf:
+            raise RecipeError(f"beta must be above 0, not {self.beta}")
         for name in ("residual_weight", "sft_weight"):
-            if getattr(self, name) < 0:
-                raise RecipeError(f"preference.{name} must not be below 0, not {getattr(self, name)}")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise RecipeError(f"{name} must not be below 0, not {getattr(self, name)}")
 
 
-class PreferenceObjective(nn.Module):
-    """Policy and loss as one module. The reference is none of its parameters: it comes with each call."""
+class PreferenceObjective(SpeechObjective):
+    """A train.loss.Objective whose batches hold pairs: the Thinker is frozen, the Talker learns."""
 
-    def __init__(self, talker: Talker, config: PreferenceConfig, *, max_logits: int = MAX_LOGITS) -> None:
-        super().__init__()
-        self.talker, self.config, self.max_logits = talker, config, max_logits
+    def __init__(self, omni: Omni, config: PreferenceConfig, *, max_logits: int = MAX_LOGITS) -> None:
+        super().__init__(omni, "frozen", max_logits=max_logits)
+        self.preference = config
+        weights = (1.0, config.sft_weight, 0.0, 0.0)  # of TERMS: the last two are only told
+        self.terms = tuple(Term(name, weight) for name, weight in zip(TERMS, weights, strict=True))
+        assert omni.talker is not None
+        if not config.residual_weight:
+            for name, parameter in omni.talker.code_predictor.named_parameters():
+                if "codec_embedding" not in name:  # which the Talker itself hears
+                    parameter.requires_grad_(False)
 
-    def forward(
-        self, plan: TalkerPlan, text_XH: Tensor, media_MH: Tensor, reference: Talker | Tensor
-    ) -> dict[str, Tensor]:
-        """Sums over the pairs of a plan made by `pair`, as `dpo_sums` names them.
+    def pairs(self, batch: Batch) -> SpeechPairs:
+        """What a batch holds; one without tokens has none."""
+        if isinstance(batch.speech, SpeechPairs):
+            return batch.speech
+        return SpeechPairs.join(lambda parts: super(PreferenceObjective, self).plan(batch), ())
 
-        text [X, H] and media [M, H] as models.talker_inputs takes them. `reference` is a frozen Talker, run here, or
-        its cached log-probabilities fp32 [N], which `talker_logprobs` gives with the same residual_weight.
-        """
-        weight, limit = self.config.residual_weight, self.max_logits
-        logprobs_N = talker_logprobs(self.talker, plan, text_XH, media_MH, residual_weight=weight, max_logits=limit)
-        if isinstance(reference, Talker):
-            with torch.no_grad():
-                reference_N = talker_logprobs(
-                    reference, plan, text_XH, media_MH, residual_weight=weight, max_logits=limit
-                )
-        else:
-            reference_N = reference.to(logprobs_N)
-        return dpo_sums(logprobs_N, reference_N, code_weights(plan, weight), self.config)
+    def plan(self, batch: Batch) -> TalkerPlan:
+        """The documents of all pairs, the chosen one of each before the rejected one."""
+        (plan,) = self.pairs(batch).parts
+        assert isinstance(plan, TalkerPlan)
+        return plan
+
+    def totals(self, batches: Sequence[Batch]) -> Totals:
+        """Count this rank's micro-batches: every term is a sum over pairs."""
+        plans = [self.plan(batch) for batch in batches]
+        pairs = sum(len(plan.doc_lengths) for plan in plans) // 2
+        positions = sum(sum(plan.doc_lengths) for plan in plans)
+        return Totals(sum(len(batch.skipped) for batch in batches), (pairs,) * len(TERMS), (positions,))
+
+    @torch.no_grad()
+    def reference(self, batch: Batch) -> Tensor:
+        """What a pairs file keeps of this Talker: fp32 [N, 2], of first codes with the end, and of residual codes."""
+        plan = self.plan(batch).to(batch.mel_FM.device)
+        rows_M = multimodal_rows(self.omni.config, batch.token_ids_T, batch.doc_lengths)
+        media_MH = hidden_states(self.omni, batch)[rows_M]
+        talker, hidden_PD, _ = self._run_talker(plan, twice(media_MH, media_counts(plan)))
+        return logprob_parts(talker, hidden_PD, plan, residual=True, max_logits=self.max_logits)
+
+    def _speak(self, batch: Batch, media_MH: Tensor | None) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """Sums of TERMS, and the logits of the Talker's routers."""
+        assert media_MH is not None
+        plan, weight = self.plan(batch).to(batch.mel_FM.device), self.preference.residual_weight
+        talker, hidden_PD, logits = self._run_talker(plan, twice(media_MH, media_counts(plan)))
+        logprobs_N = sequence_logprobs(talker, hidden_PD, plan, residual_weight=weight, max_logits=self.max_logits)
+        first_N, residual_N = self.pairs(batch).logprobs_N2.to(logprobs_N).unbind(1)
+        sums = dpo_sums(logprobs_N, first_N + weight * residual_N, code_weights(plan, weight), self.preference)
+        return [sums[name] for name in TERMS], logits
 
 
 def pair(chosen: Sequence[TalkerPlan], rejected: Sequence[TalkerPlan], num_code_groups: int) -> TalkerPlan:
@@ -100,19 +141,11 @@ def twice(rows_M: Tensor, counts: Sequence[int]) -> Tensor:
     return torch.cat([rows_M[:0], *(part for rows in rows_M.split(list(counts)) for part in (rows, rows))])
 
 
-def talker_logprobs(
-    talker: Talker,
-    plan: TalkerPlan,
-    text_XH: Tensor,
-    media_MH: Tensor,
-    *,
-    residual_weight: float = 0.0,
-    max_logits: int = MAX_LOGITS,
-) -> Tensor:
-    """Log-probability of the codes of each document, fp32 [N]; the Talker is run."""
-    inputs_PD = talker_inputs(talker, plan, text_XH, media_MH)
-    hidden_PD, _ = talker(inputs_PD, plan.position_ids_3P, plan.doc_lengths)
-    return sequence_logprobs(talker, hidden_PD, plan, residual_weight=residual_weight, max_logits=max_logits)
+def media_counts(plan: TalkerPlan) -> list[int]:
+    """Media rows of each pair's conversation: those of its chosen document, which its rejected one has too."""
+    lengths = torch.tensor([0, *plan.doc_lengths]).cumsum(0)
+    document_M = torch.searchsorted(lengths, plan.multimodal_places_M.cpu(), right=True) - 1
+    return torch.bincount(document_M, minlength=len(plan.doc_lengths))[0::2].tolist()
 
 
 def sequence_logprobs(
@@ -128,19 +161,28 @@ def sequence_logprobs(
     hidden [P, D] is Talker.forward's for the inputs of `plan`, on its device. First codes and the end count once,
     residual codes `residual_weight` times; at 0 they are not computed, and the code predictor's gradients are zero.
     """
+    parts_N2 = logprob_parts(talker, hidden_PD, plan, residual=residual_weight > 0, max_logits=max_logits)
+    return parts_N2[:, 0] + residual_weight * parts_N2[:, 1]
+
+
+def logprob_parts(
+    talker: Talker, hidden_PD: Tensor, plan: TalkerPlan, *, residual: bool, max_logits: int = MAX_LOGITS
+) -> Tensor:
+    """As `sequence_logprobs`, fp32 [N, 2]: of first codes and the end, and of residual codes, 0 where not asked for."""
     positions_N = (plan.targets_P != IGNORE).nonzero().squeeze(1)
     targets_N = plan.targets_P.index_select(0, positions_N)
     first = partial(_logprobs, target_N=targets_N, max_logits=max_logits)
     first_N = talker.codec_head(hidden_PD.index_select(0, positions_N), first)
-    logprobs_P = hidden_PD.new_zeros(len(hidden_PD), dtype=torch.float32).index_add(0, positions_N, first_N)
+    none_P = hidden_PD.new_zeros(len(hidden_PD), dtype=torch.float32)
+    first_P, residual_P = none_P.index_add(0, positions_N, first_N), none_P
     places_F, codes_GF = plan.frame_places_F - 1, plan.codes_GF  # the positions that predict the frames
-    if not residual_weight:
+    if not residual:
         places_F, codes_GF = places_F[:0], codes_GF[:, :0]
     states_FRD = talker.residual_states(hidden_PD.index_select(0, places_F), codes_GF)
     for r, head in enumerate(talker.code_predictor.lm_head):
-        residual = partial(_logprobs, target_N=codes_GF[r + 1], max_logits=max_logits)
-        logprobs_P = logprobs_P.index_add(0, places_F, residual_weight * head(states_FRD[:, r], residual))
-    return _per_document(logprobs_P, plan)
+        each = partial(_logprobs, target_N=codes_GF[r + 1], max_logits=max_logits)
+        residual_P = residual_P.index_add(0, places_F, head(states_FRD[:, r], each))
+    return _per_document(torch.stack([first_P, residual_P], 1), plan)
 
 
 def code_weights(plan: TalkerPlan, residual_weight: float = 0.0) -> Tensor:
@@ -153,7 +195,7 @@ def code_weights(plan: TalkerPlan, residual_weight: float = 0.0) -> Tensor:
 def dpo_sums(logprobs_N: Tensor, reference_N: Tensor, codes_N: Tensor, config: PreferenceConfig) -> dict[str, Tensor]:
     """Sums over pairs, fp32 scalars. Documents alternate, chosen first; divide by the pairs of the global batch.
 
-    loss and sft with gradient; chosen_reward, rejected_reward, margin and right (pairs in the right order) without.
+    preference, the loss, and sft with gradient; margin and right (pairs in the right order) without.
     Raises ValueError for an odd number of documents or for shapes that differ.
     """
     if len(logprobs_N) % 2 or not logprobs_N.shape == reference_N.shape == codes_N.shape:
@@ -166,22 +208,16 @@ def dpo_sums(logprobs_N: Tensor, reference_N: Tensor, codes_N: Tensor, config: P
         rewards_N = rewards_N / codes_N.clamp(min=1.0)
     margins = rewards_N[0::2] - rewards_N[1::2]
     return {
-        "loss": -F.logsigmoid(margins).sum(),
+        "preference": -F.logsigmoid(margins).sum(),
         "sft": -(logprobs_N / codes_N.clamp(min=1.0))[0::2].sum(),
-        "chosen_reward": rewards_N[0::2].detach().sum(),
-        "rejected_reward": rewards_N[1::2].detach().sum(),
         "margin": margins.detach().sum(),
         "right": (margins.detach() > 0).float().sum(),
     }
 
 
-def preference_loss(sums: dict[str, Tensor], pairs: int, config: PreferenceConfig) -> Tensor:
-    """This micro-batch's share of the loss, fp32 scalar; `pairs` are those of the global batch."""
-    return (sums["loss"] + config.sft_weight * sums["sft"]) / max(1, pairs)
-
-
 def _per_document(values_P: Tensor, plan: TalkerPlan) -> Tensor:
-    sums = [part.sum() for part in values_P.split(list(plan.doc_lengths))] if plan.doc_lengths else []
+    """Sums over the positions of each document, along the first dimension."""
+    sums = [part.sum(0) for part in values_P.split(list(plan.doc_lengths))] if plan.doc_lengths else []
     return torch.stack(sums) if sums else values_P  # an empty pack has no positions either
 
 

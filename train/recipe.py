@@ -27,8 +27,10 @@ from data.mixture import Mixture
 from models.config import AudioConfig, TextConfig, VisionConfig
 from models.omni_config import Code2WavConfig, TalkerConfig
 from train.errors import RecipeError
+from train.preference import PreferenceConfig
 from train.typed import build, nearest, paths
 
+WAYS = ("off", "live", "detached", "frozen", "cached", "preference")  # of phases.X.speech
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
 
@@ -81,7 +83,12 @@ class Phase:
     speech: str = "off"
     """How the Talker learns, and what of the Thinker runs for it: live (whole, the Talker's gradient reaches it),
     detached (whole, each with its own gradient), frozen (up to the layer that the Talker reads) or cached (not at all:
-    launch.cache_hidden has kept that layer). off: text alone."""
+    launch.cache_hidden has kept that layer). preference: as frozen, from pairs of code sequences (launch.preferences)
+    by the loss of train/preference.py. off: text alone."""
+    speakers: list[str] = field(default_factory=list)
+    """Learn from answers of these speakers alone; empty: of all."""
+    sequence_length: int | None = None
+    """Instead of data.sequence_length: the phase then has a plan of its own."""
     mixture: Mixture | None = None
     """Instead of data.mixture: the phase then has a plan of its own, whose epochs count from its first step."""
 
@@ -96,6 +103,8 @@ class LossConfig:
     """Weight of the Thinker's cross-entropy in phases that train speech with it."""
     residual: float = 0.3
     """Weight of the residual codebooks together, beside the first one's 1; theirs is the mean."""
+    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
+    """Of phases with speech=preference."""
     max_logits: int = 40_000_000
     """Logits that exist at the same time; 160 MB in fp32 by default."""
 
@@ -302,7 +311,7 @@ def _validate(recipe: Recipe) -> None:
     except DataError as error:
         raise RecipeError(str(error)) from None
     for name, phase in recipe.phases.items():
-        _one_of(f"phases.{name}.speech", phase.speech, ("off", "live", "detached", "frozen", "cached"))
+        _one_of(f"phases.{name}.speech", phase.speech, WAYS)
         if phase.speech != "off" and recipe.model.talker is None:
             raise RecipeError(f"phases.{name}.speech={phase.speech}: the model has no talker; choose one that has")
         if phase.speech != "off" and not recipe.data.codec:
@@ -312,12 +321,19 @@ def _validate(recipe: Recipe) -> None:
                 f"phases.{name}.speech=cached: hidden states are of recordings as they are: set data.speeds=[1.0] and "
                 "leave data.augment out"
             )
+        if phase.speakers and phase.speech == "off":
+            raise RecipeError(f"phases.{name}.speakers: the phase has no speech; set phases.{name}.speech too")
     if recipe.engine.zero not in (1, 2, 3):
         raise RecipeError(f"engine.zero={recipe.engine.zero}: it is 1, 2 or 3")
     if not recipe.phases:
         raise RecipeError("phases is empty: give at least one, for instance phases.all.steps=1000")
     at_least_one: Mapping[str, float] = {
         **{f"phases.{name}.steps": phase.steps for name, phase in recipe.phases.items()},
+        **{
+            f"phases.{name}.sequence_length": phase.sequence_length
+            for name, phase in recipe.phases.items()
+            if phase.sequence_length is not None
+        },
         "engine.ep": recipe.engine.ep,
         "save.every": recipe.save.every,
         "save.keep": recipe.save.keep,

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from data.types import Batch
 from models.omni import Omni
 from models.say import media_states
+from models.talker import Talker
 from models.talker_inputs import TalkerPlan, multimodal_rows, talker_inputs
 from models.thinker import Features, Media, Thinker
 from train.errors import RecipeError
@@ -130,13 +131,21 @@ class SpeechObjective(nn.Module):
             return nothing_heard(self.thinker, batch) if self.way == "cached" else self.thinker.encode(batch)
         losses, logits, media_MH = self._think(batch, features)
         if self._speaks:
-            first_sum, residual_sums_R, talker_logits = self._speak(self.plan(batch).to(batch.mel_FM.device), media_MH)
-            losses, logits = [*losses, first_sum, *residual_sums_R], [*logits, talker_logits]
+            sums, talker_logits = self._speak(batch, media_MH)
+            losses, logits = [*losses, *sums], [*logits, talker_logits]
         found = [routed(each, text.num_experts_per_tok) for each, text in zip(logits, self._decoders, strict=True)]
         probs, counts = (tuple(each[place][0] for each in found) for place in (0, 1))
         return Sums(torch.stack(losses), probs, counts)
 
-    def _speak(self, plan: TalkerPlan, media_MH: Tensor | None) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
+    def _speak(self, batch: Batch, media_MH: Tensor | None) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """Sums of the Talker's terms, and the logits of its routers."""
+        plan = self.plan(batch).to(batch.mel_FM.device)
+        talker, hidden_PD, logits = self._run_talker(plan, media_MH)
+        first_sum, _, residual_sums_R, _ = code_loss_sums(talker, hidden_PD, plan, max_logits=self.max_logits)
+        return [first_sum, *residual_sums_R], logits
+
+    def _run_talker(self, plan: TalkerPlan, media_MH: Tensor | None) -> tuple[Talker, Tensor, Sequence[Tensor]]:
+        """The Talker, its hidden states [P, D] for a plan, and the logits of its routers."""
         talker = self.omni.talker
         assert talker is not None and media_MH is not None
         text_XH = self.omni.thinker.model.embed_tokens(plan.text_ids_X)
@@ -144,8 +153,7 @@ class SpeechObjective(nn.Module):
             text_XH = text_XH.detach()
         inputs_PD = talker_inputs(talker, plan, text_XH, media_MH.to(text_XH.dtype))
         hidden_PD, logits = talker(inputs_PD, plan.position_ids_3P, plan.doc_lengths)
-        first_sum, _, residual_sums_R, _ = code_loss_sums(talker, hidden_PD, plan, max_logits=self.max_logits)
-        return first_sum, residual_sums_R, logits
+        return talker, hidden_PD, logits
 
     def _think(
         self, batch: Batch, features: Features | None

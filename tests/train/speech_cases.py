@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.types import Batch
+from data.types import Batch, SpeechPairs
 from models.audio_encoder import num_audio_tokens
 from models.config import AudioConfig, TextConfig, ThinkerConfig
 from models.init import init_weights
@@ -22,6 +22,7 @@ from train import ranks
 from train.engines import VALUE, Engine
 from train.engines.build import build_engine
 from train.engines.setup import EngineSetup
+from train.preference import PreferenceConfig
 from train.recipe import EngineConfig, LossConfig, OptimConfig, Phase
 
 WORDS, AUDIO, START, END, SYSTEM, USER, ASSISTANT, LINE, PAD, BOS, EOS = 40, *range(50, 60)
@@ -32,8 +33,9 @@ SPLITS = (
     (((0, 1, 2, 3, 4),), ((),)),
     (((1,), (), (0, 4)), ((2,), (3,), ())),
 )
+PREFERENCE = PreferenceConfig(beta=0.01, residual_weight=0.5, sft_weight=0.2)
 LAYOUTS = {f"zero{zero}-ep{ep}": (zero, ep) for zero in (1, 2, 3) for ep in (1, 2)}
-WAYS = ("frozen", "live", "off", "cached")
+WAYS = ("frozen", "live", "off", "cached", "preference")
 
 
 def config() -> OmniConfig:
@@ -60,7 +62,7 @@ def setup(name: str, way: str, zero: int = 2, ep: int = 1, **engine: Any) -> Eng
         model=config(),
         engine=EngineConfig(name=name, device="cpu", zero=zero, ep=ep, **engine),
         optim=OptimConfig(**LINEAR),
-        loss=LossConfig(balance=0.1, max_logits=800, text=0.5),
+        loss=LossConfig(balance=0.1, max_logits=800, text=0.5, preference=PREFERENCE),
         phase=Phase(steps=STEPS, speech=way),
         phase_name="all",
         seed=0,
@@ -68,8 +70,8 @@ def setup(name: str, way: str, zero: int = 2, ep: int = 1, **engine: Any) -> Eng
     )
 
 
-def document(step: int, index: int) -> tuple[Tensor, Tensor, Tensor, TalkerPlan]:
-    """Token ids, labels and mel of a question and its answer, and how the answer is spoken."""
+def document(step: int, index: int) -> tuple[Tensor, Tensor, Tensor, TalkerPlan, TalkerPlan]:
+    """Token ids, labels and mel of a question and its answer, and two ways in which the answer is spoken."""
     generator = torch.Generator().manual_seed(100 * step + index)
 
     def words(count: int) -> Tensor:
@@ -87,13 +89,15 @@ def document(step: int, index: int) -> tuple[Tensor, Tensor, Tensor, TalkerPlan]
     model = config()
     places_3U = user_positions(model, ids_S, position_ids_3S)
     plan = plan_document(model, ids_S, places_3U, CODES + 10 + index % 2, codes_GF)
-    return ids_S, labels_S, torch.randn(frames, MELS, generator=generator), plan
+    mel_FM = torch.randn(frames, MELS, generator=generator)
+    other_GF = torch.randint(0, CODES, (GROUPS, 9 - 2 * index), generator=generator)
+    return ids_S, labels_S, mel_FM, plan, plan_document(model, ids_S, places_3U, CODES + 10 + index % 2, other_GF)
 
 
-def pack(step: int, indices: Sequence[int]) -> Batch:
+def pack(step: int, indices: Sequence[int], way: str = "live") -> Batch:
     if not indices:
         return Batch.empty(MELS)
-    ids, labels, mels, plans = zip(*(document(step, index) for index in indices), strict=True)
+    ids, labels, mels, plans, others = zip(*(document(step, index) for index in indices), strict=True)
     lengths = tuple(len(ids_S) for ids_S in ids)
     return replace(
         Batch.empty(MELS),
@@ -104,7 +108,7 @@ def pack(step: int, indices: Sequence[int]) -> Batch:
         mel_FM=torch.cat(mels),
         mel_lengths=tuple(len(mel_FM) for mel_FM in mels if len(mel_FM)),
         keys=tuple(f"{step}:{index}" for index in indices),
-        speech=join(plans, GROUPS),
+        speech=join(plans, GROUPS) if way != "preference" else in_pairs(plans, others),
     )
 
 
@@ -115,15 +119,22 @@ def cached(pack: Batch, omni: Omni) -> Batch:
     return replace(pack, mel_FM=pack.mel_FM[:0], mel_lengths=(), media_RH=media_states(omni, pack))
 
 
+def in_pairs(chosen: Sequence[TalkerPlan], rejected: Sequence[TalkerPlan]) -> SpeechPairs:
+    """With the log-probabilities of a reference that nobody has, as each document's length has it."""
+    ways = [way for both in zip(chosen, rejected, strict=True) for way in both]
+    frames_N = torch.tensor([float(way.codes_GF.shape[1]) for way in ways])
+    return SpeechPairs((join(ways, GROUPS),), torch.stack([-2.5 * frames_N - 3, -5.5 * frames_N], 1))
+
+
 def train(engine: Engine, first: int = 0, last: int = STEPS) -> list[list[float]]:
     """Loss, every term, balance loss, gradient norm, counts and expert shares of each step."""
     rows, omni = [], Omni(config())
     init_weights(omni, 0)
-    way = engine.objective.way  # type: ignore[attr-defined]
+    way = engine.setup.phase.speech  # type: ignore[attr-defined]
     for step in range(first, last):
         halves = SPLITS[step % len(SPLITS)]
         mine = halves[ranks.rank()] if ranks.world() > 1 else halves[0] + halves[1]
-        packs = [pack(step, indices) for indices in mine]
+        packs = [pack(step, indices, way) for indices in mine]
         packs = [cached(pack, omni) for pack in packs] if way == "cached" else packs
         stats = engine.train_step(packs, LINEAR["lr"])
         counts = [stats.num_tokens, stats.num_targets]

@@ -1,8 +1,10 @@
-"""DPO of the Talker: log-probabilities against plain logits, the loss's formula and direction, and that it learns."""
+"""DPO of the Talker: log-probabilities against plain logits, the loss's formula and direction, and that it learns.
+
+Media rows, batches and the whole objective are in test_preference_run.py.
+"""
 
 from __future__ import annotations
 
-import copy
 import math
 
 import pytest
@@ -18,13 +20,11 @@ from tests.train.test_speech_loss import random_answer, relative
 from train.errors import RecipeError
 from train.preference import (
     PreferenceConfig,
-    PreferenceObjective,
     code_weights,
     dpo_sums,
+    media_counts,
     pair,
-    preference_loss,
     sequence_logprobs,
-    talker_logprobs,
     twice,
 )
 
@@ -55,6 +55,25 @@ def inputs(plan, table_VH, seed=7):
     generator = torch.Generator().manual_seed(seed)
     media_MH = torch.randn(len(plan.multimodal_places_M), table_VH.shape[1], generator=generator)
     return table_VH[plan.text_ids_X], media_MH
+
+
+def talker_logprobs(talker, plan, text_XH, media_MH, **settings):
+    """Log-probability of each document, fp32 [N]."""
+    inputs_PD = talker_inputs(talker, plan, text_XH, media_MH)
+    hidden_PD, _ = talker(inputs_PD, plan.position_ids_3P, plan.doc_lengths)
+    return sequence_logprobs(talker, hidden_PD, plan, **settings)
+
+
+def sums_of(talker, plan, given, reference_N, settings):
+    """The loss's sums for a plan of pairs."""
+    weight = settings.residual_weight
+    logprobs_N = talker_logprobs(talker, plan, *given, residual_weight=weight)
+    return dpo_sums(logprobs_N, reference_N, code_weights(plan, weight), settings)
+
+
+def loss_of(sums, pairs, settings):
+    """This share of the loss, as an engine weighs the terms."""
+    return (sums["preference"] + settings.sft_weight * sums["sft"]) / max(1, pairs)
 
 
 def plain_logprobs(talker, hidden_PD, plan, residual_weight):
@@ -146,11 +165,10 @@ def test_sums_are_those_of_the_paper():
     sums = dpo_sums(logprobs, reference, codes, PreferenceConfig(beta=0.5))
     margins = [0.5 * (1.0 - -2.0), 0.5 * (-1.0 - 0.5)]
     sigmoid = [1 / (1 + math.exp(-m)) for m in margins]
-    assert sums["loss"].item() == pytest.approx(-sum(math.log(p) for p in sigmoid))
+    assert sums["preference"].item() == pytest.approx(-sum(math.log(p) for p in sigmoid))
     assert sums["margin"].item() == pytest.approx(sum(margins)) and sums["right"].item() == 1
-    assert sums["chosen_reward"].item() == pytest.approx(0.0) and sums["rejected_reward"].item() == pytest.approx(-0.75)
     assert sums["sft"].item() == pytest.approx(10 / 4 + 7 / 8)
-    (gradient,) = torch.autograd.grad(sums["loss"], logprobs)
+    (gradient,) = torch.autograd.grad(sums["preference"], logprobs)
     want = [-0.5 * (1 - sigmoid[0]), 0.5 * (1 - sigmoid[0]), -0.5 * (1 - sigmoid[1]), 0.5 * (1 - sigmoid[1])]
     assert gradient.tolist() == pytest.approx(want)
 
@@ -159,24 +177,19 @@ def test_sums_are_those_of_the_paper():
     margins = [0.5 * (1 / 4 - -2 / 2), 0.5 * (-1 / 8 - 0.5 / 5)]
     assert sums["margin"].item() == pytest.approx(sum(margins))
     want = -sum(math.log(1 / (1 + math.exp(-m))) for m in margins) + 0.2 * (10 / 4 + 7 / 8)
-    assert preference_loss(sums, 2, config).item() == pytest.approx(want / 2)
+    assert loss_of(sums, 2, config).item() == pytest.approx(want / 2)
     with pytest.raises(ValueError, match="two documents a pair"):
         dpo_sums(logprobs[:3], reference[:3], codes[:3], config)
 
 
-def test_starts_at_ln_2_whether_the_reference_is_live_or_cached():
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_starts_at_ln_2_where_the_reference_is_the_talker_itself(weight):
     config, talker, table_VH, chosen, rejected = build(3)
     plan = pair(chosen, rejected, config.talker.num_code_groups)
-    text_XH, media_MH = inputs(plan, table_VH)
-    objective = PreferenceObjective(talker, PreferenceConfig(residual_weight=1.0))
-    frozen = copy.deepcopy(talker).requires_grad_(False)
-    cached_N = talker_logprobs(frozen, plan, text_XH, media_MH, residual_weight=1.0)
-    for reference in (frozen, cached_N):
-        sums = objective(plan, text_XH, media_MH, reference)
-        assert sums["loss"].item() == pytest.approx(3 * math.log(2)) and sums["right"] == 0 == sums["margin"]
-    assert all("reference" not in name for name, _ in objective.named_parameters())
-    sums["loss"].backward()
-    assert all(p.grad is None for p in frozen.parameters())
+    given, settings = inputs(plan, table_VH), PreferenceConfig(residual_weight=weight)
+    reference_N = talker_logprobs(talker, plan, *given, residual_weight=weight)
+    sums = sums_of(talker, plan, given, reference_N, settings)
+    assert sums["preference"].item() == pytest.approx(3 * math.log(2)) and sums["right"] == 0 == sums["margin"]
 
 
 def test_a_step_raises_chosen_and_lowers_rejected():
@@ -185,7 +198,7 @@ def test_a_step_raises_chosen_and_lowers_rejected():
         plan = pair(chosen, rejected, config.talker.num_code_groups)
         given = inputs(plan, table_VH)
         before_N = talker_logprobs(talker, plan, *given).detach()
-        PreferenceObjective(talker, PreferenceConfig())(plan, *given, before_N)["loss"].backward()
+        sums_of(talker, plan, given, before_N, PreferenceConfig())["preference"].backward()
         gradients = [p.grad for p in talker.parameters()]
         scale = 1e-3 / torch.stack([gradient.norm() for gradient in gradients]).norm()
         with torch.no_grad():
@@ -202,30 +215,29 @@ def test_a_few_steps_put_every_pair_right(settings):
     plan, settings = pair(chosen, rejected, config.talker.num_code_groups), PreferenceConfig(**settings)
     given = inputs(plan, table_VH)
     reference_N = talker_logprobs(talker, plan, *given, residual_weight=settings.residual_weight).detach()
-    objective = PreferenceObjective(talker, settings)
     optimizer = torch.optim.AdamW(talker.parameters(), lr=3e-3)
     for _ in range(12):
-        loss = preference_loss(objective(plan, *given, reference_N), 4, settings)
+        loss = loss_of(sums_of(talker, plan, given, reference_N, settings), 4, settings)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    sums = objective(plan, *given, reference_N)
-    assert sums["right"] == 4 and sums["margin"] > 0 and sums["loss"] / 4 < 0.8 * math.log(2), sums
+    sums = sums_of(talker, plan, given, reference_N, settings)
+    assert sums["right"] == 4 and sums["margin"] > 0 and sums["preference"] / 4 < 0.8 * math.log(2), sums
 
 
 def test_shares_of_any_split_add_up():
     """A pack without pairs takes its part and changes nothing, gradients of zeros and not none."""
     config, talker, table_VH, chosen, rejected = build(5)
     groups, settings = config.talker.num_code_groups, PreferenceConfig(residual_weight=1.0, sft_weight=0.2)
-    reference = copy.deepcopy(talker)
-    init_weights(reference, seed=1)
-    objective, losses, grads = PreferenceObjective(talker, settings), [], []
+    reference_N = -30.0 - torch.arange(6.0)
+    losses, grads = [], []
     for split in (((0, 3),), ((0, 2), (2, 2), (2, 3))):
         talker.zero_grad()
         total = 0.0
         for a, b in split:
             plan = pair(chosen[a:b], rejected[a:b], groups)
-            share = preference_loss(objective(plan, *inputs(plan, table_VH), reference), 3, settings)
+            sums = sums_of(talker, plan, inputs(plan, table_VH), reference_N[2 * a : 2 * b], settings)
+            share = loss_of(sums, 3, settings)
             share.backward()
             total += share.item()
         losses.append(total)
@@ -235,7 +247,7 @@ def test_shares_of_any_split_add_up():
         assert relative(grads[1][name], grad) < 1e-4, name
     talker.zero_grad(set_to_none=True)
     empty = join([], groups)
-    preference_loss(objective(empty, *inputs(empty, table_VH), reference), 0, settings).backward()
+    loss_of(sums_of(talker, empty, inputs(empty, table_VH), reference_N[:0], settings), 0, settings).backward()
     assert all(p.grad is not None and not p.grad.any() for p in talker.parameters())
 
 
@@ -243,6 +255,10 @@ def test_media_rows_of_pairs():
     rows = torch.arange(5.0)[:, None]
     assert twice(rows, [2, 0, 3]).flatten().tolist() == [0, 1, 0, 1, 2, 3, 4, 2, 3, 4]
     assert twice(rows[:0], []).shape == (0, 1)
+    config, _, _, chosen, rejected = build(1, 3, "a")
+    plan = pair(chosen, rejected, config.talker.num_code_groups)
+    assert media_counts(plan) == [len(one.multimodal_places_M) for one in chosen] and sum(media_counts(plan)) > 0
+    assert media_counts(join([], config.talker.num_code_groups)) == []
 
 
 def test_says_what_is_wrong():
@@ -253,6 +269,8 @@ def test_says_what_is_wrong():
         ({"beta": 0.0}, "beta must be above 0"),
         ({"residual_weight": -1.0}, "residual_weight must not be below 0"),
         ({"sft_weight": -0.1}, "sft_weight must not be below 0"),
+        ({"beta": math.nan}, "beta must be above 0"),
+        ({"sft_weight": math.inf}, "sft_weight must not be below 0, not inf"),
     ):
         with pytest.raises(RecipeError, match=message):
             PreferenceConfig(**settings)

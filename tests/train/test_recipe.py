@@ -16,7 +16,7 @@ from train.main import model_config
 from train.optim import select_trainable
 from train.recipe import Recipe, as_yaml, load_recipe, load_saved, recipe_names
 
-FILL = ["init=null", "data.shards=[a.tar]", "data.tokenizer=t"]
+FILL = ["init=null", "data.shards=[a.tar]", "data.tokenizer=t", "data.codec=c"]
 
 
 @pytest.mark.parametrize("name", recipe_names())

@@ -25,6 +25,7 @@ from train.engines import VALUE, StateReader, StepStats
 from train.errors import RecipeError
 from train.loss import IGNORE, Objective, Totals, inputs_of, pictures_of, uniform_share
 from train.optim import param_groups, select_trainable
+from train.preference import PreferenceObjective
 from train.recipe import EngineConfig, LossConfig, OptimConfig, Phase
 from train.speech import SpeechObjective
 
@@ -67,8 +68,11 @@ class EngineSetup:
         limit = self.loss.max_logits
         if isinstance(model, Thinker):
             return Objective(model, top_k=self.thinker.text.num_experts_per_tok, max_logits=limit)
-        weights = {"text": self.loss.text, "residual": self.loss.residual}
-        objective = SpeechObjective(model, self.phase.speech, **weights, max_logits=limit)
+        if self.phase.speech == "preference":
+            objective = PreferenceObjective(model, self.loss.preference, max_logits=limit)
+        else:
+            weights = {"text": self.loss.text, "residual": self.loss.residual}
+            objective = SpeechObjective(model, self.phase.speech, **weights, max_logits=limit)
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise RecipeError(
                 f"phases.{self.phase_name}: speech={self.phase.speech} leaves nothing to train of what train names"
