@@ -43,11 +43,12 @@ from torch import Tensor
 
 from data.types import Batch, SpeechPairs
 from models.omni import Omni
+from models.say import media_states
 from models.talker import Talker
-from models.talker_inputs import IGNORE, TalkerPlan, join, multimodal_rows
+from models.talker_inputs import IGNORE, TalkerPlan, join
 from train.errors import RecipeError
 from train.loss import MAX_LOGITS, Term, Totals
-from train.speech import SpeechObjective, hidden_states
+from train.speech import SpeechObjective
 
 TERMS = ("preference", "sft", "margin", "right")
 
@@ -110,8 +111,7 @@ class PreferenceObjective(SpeechObjective):
     def reference(self, batch: Batch) -> Tensor:
         """What a pairs file keeps of this Talker: fp32 [N, 2], of first codes with the end, and of residual codes."""
         plan = self.plan(batch).to(batch.mel_FM.device)
-        rows_M = multimodal_rows(self.omni.config, batch.token_ids_T, batch.doc_lengths)
-        media_MH = hidden_states(self.omni, batch)[rows_M]
+        media_MH = media_states(self.omni, batch, always=True)
         talker, hidden_PD, _ = self._run_talker(plan, twice(media_MH, media_counts(plan)))
         return logprob_parts(talker, hidden_PD, plan, residual=True, max_logits=self.max_logits)
 
