@@ -18,16 +18,16 @@ waveform's mean counts as many times as it has samples: divide every sum by the 
 Cost, default sizes (41.6 M parameters, as in the papers): 20 G multiply-adds forward for a second of sound, against the
 released decoder's 32 G; discriminator_loss costs six times that, generator_loss three times. A quarter of each width is
 1.3 G, `AdversaryConfig((2, 5), (8, 16, 32, 32), (512,), 8)` 0.1 G. Initial weights are a pure function of sizes and
-seed.
+seed. In a recipe both losses go backward together, so each side answers to what the other was before the step.
 
 Letters: S samples end to end, s samples of each of B waveforms of one length, p period, N positions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +37,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from train.errors import RecipeError
 from train.waveform_loss import by_length
 
-Game = Literal["least_squares", "hinge"]
+GAMES = ("least_squares", "hinge")
 SLOPE = 0.1  # of leaky ReLU below zero
 
 
@@ -49,7 +49,7 @@ class AdversaryConfig:
     period_widths: tuple[int, ...] = (32, 128, 512, 1024)  # channels after each strided convolution
     windows: tuple[int, ...] = (2048, 1024, 512, 256, 128)
     window_width: int = 32
-    game: Game = "least_squares"
+    game: str = "least_squares"
 
     def __post_init__(self) -> None:
         """Reject sizes that no discriminator can have."""
@@ -61,14 +61,14 @@ class AdversaryConfig:
             raise RecipeError("adversary: periods, period_widths and window_width must be above 0")
         if any(window < 16 or window % 4 for window in self.windows):
             raise RecipeError(f"adversary.windows must be multiples of 4 from 16 on, not {list(self.windows)}")
-        if self.game not in get_args(Game):
-            raise RecipeError(f"adversary.game can be {', '.join(get_args(Game))}, not {self.game!r}")
+        if self.game not in GAMES:
+            raise RecipeError(f"adversary.game can be {', '.join(GAMES)}, not {self.game!r}")
 
 
 class Discriminator(nn.Module):
     """A stack of convolutions over some picture of a waveform."""
 
-    def __init__(self, convs: Sequence[nn.Module]) -> None:
+    def __init__(self, convs: Sequence[_Conv]) -> None:
         super().__init__()
         self.convs = nn.ModuleList(convs)
 
@@ -76,13 +76,18 @@ class Discriminator(nn.Module):
         """What the convolutions see of float [B, s]: [B, channels, height, width]."""
         raise NotImplementedError
 
-    def forward(self, wave_Bs: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Float [B, s], s at least 1 -> features of every layer but the last, scores [B, N]."""
-        x, features = self.picture(wave_Bs.float()), []
-        for conv in self.convs[:-1]:
-            x = F.leaky_relu(conv(x), SLOPE)
-            features.append(x)
-        return features, self.convs[-1](x).flatten(1)
+    def judge(self, waves: Sequence[Tensor]) -> list[tuple[list[Tensor], Tensor]]:
+        """Of each float [B, s], s at least 1: features of every layer but the last, and scores fp32 [B, N].
+
+        No `forward`, see _Conv.
+        """
+        pictures, found = [self.picture(wave_Bs.float()) for wave_Bs in waves], [[] for _ in waves]
+        *convs, last = (conv for conv in self.convs if isinstance(conv, _Conv))
+        for conv in convs:
+            pictures = [F.leaky_relu(x, SLOPE) for x in conv.on(pictures)]
+            found = [[*features, x] for features, x in zip(found, pictures, strict=True)]
+        scores = [x.flatten(1).float() for x in last.on(pictures)]
+        return list(zip(found, scores, strict=True))
 
 
 class PeriodDiscriminator(Discriminator):
@@ -135,24 +140,36 @@ class Adversary(nn.Module):
         real and fake are float [S], waveforms end to end that have `lengths` samples each.
         """
         total = real_S.new_zeros((), dtype=torch.float32)
-        for real_Bs, fake_Bs, weight in self._groups(real_S, fake_S.detach(), lengths):
-            for discriminator in self.discriminators:
-                (_, real_BN), (_, fake_BN) = discriminator(real_Bs), discriminator(fake_Bs)
+        reals, fakes, weights = self._groups(real_S, fake_S.detach(), lengths)
+        for discriminator in self._judges:
+            judged = discriminator.judge([*reals, *fakes])
+            for weight, (_, real_BN), (_, fake_BN) in zip(
+                weights, judged[: len(reals)], judged[len(reals) :], strict=True
+            ):
                 total = total + weight * (self._towards(real_BN, 1.0) + self._towards(fake_BN, self._fake)).mean()
         return total, sum(lengths)
 
     def generator_loss(self, real_S: Tensor, fake_S: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor, int]:
-        """What the decoder minimises, adversarial and matching, fp32 scalars, and samples to divide both by."""
+        """What the decoder minimises, adversarial and matching, fp32 scalars, and samples to divide both by.
+
+        No gradient reaches the discriminators.
+        """
         adversarial = matching = fake_S.float().sum() * 0.0
-        for real_Bs, fake_Bs, weight in self._groups(real_S, fake_S, lengths):
-            for discriminator in self.discriminators:
-                features, scores_BN = discriminator(fake_Bs)
-                with torch.no_grad():
-                    wanted, _ = discriminator(real_Bs)
-                adversarial = adversarial + weight * self._towards(scores_BN, 1.0).mean()
-                for got, want in zip(features, wanted, strict=True):
-                    matching = matching + weight * (got - want).abs().mean()
+        reals, fakes, weights = self._groups(real_S, fake_S, lengths)
+        with _standing_still(self):
+            for discriminator in self._judges:
+                judged = discriminator.judge([*reals, *fakes])
+                for weight, (wanted, _), (features, scores_BN) in zip(
+                    weights, judged[: len(reals)], judged[len(reals) :], strict=True
+                ):
+                    adversarial = adversarial + weight * self._towards(scores_BN, 1.0).mean()
+                    for got, want in zip(features, wanted, strict=True):
+                        matching = matching + weight * (got - want).abs().mean(dtype=torch.float32)
         return adversarial, matching, sum(lengths)
+
+    @property
+    def _judges(self) -> list[Discriminator]:
+        return [part for part in self.discriminators if isinstance(part, Discriminator)]
 
     @property
     def _fake(self) -> float:
@@ -163,10 +180,46 @@ class Adversary(nn.Module):
         """Penalty of each score; with hinge no more is won beyond the goal, 1 or -1."""
         return F.relu(1.0 - goal * scores_BN) if self.config.game == "hinge" else (scores_BN - goal).square()
 
-    def _groups(self, real_S: Tensor, fake_S: Tensor, lengths: Sequence[int]) -> list[tuple[Tensor, Tensor, int]]:
-        groups = [(real_Bs, fake_Bs, real_Bs.numel()) for real_Bs, fake_Bs in by_length(lengths, real_S, fake_S)]
-        nothing = real_S.new_zeros(1, 1)
-        return groups or [(nothing, nothing, 0)]  # weight 0: gradients of zeros
+    def _groups(
+        self, real_S: Tensor, fake_S: Tensor, lengths: Sequence[int]
+    ) -> tuple[list[Tensor], list[Tensor], list[int]]:
+        """Real and fake waveforms [B, s] of each length, and their weights."""
+        groups = by_length(lengths, real_S, fake_S)
+        if not groups:  # weight 0: gradients of zeros, by the same way back
+            groups = [[real_S.new_zeros(1, 1), fake_S.sum().view(1, 1) * 0.0]]
+        reals, fakes = ([group[place] for group in groups] for place in (0, 1))
+        return reals, fakes, [real_Bs.numel() if sum(lengths) else 0 for real_Bs in reals]
+
+
+@contextmanager
+def _standing_still(module: nn.Module) -> Iterator[None]:
+    """Parameters get no gradient from what is computed inside; what they are to other forwards stays."""
+    learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in learning:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
+
+
+class _Conv(nn.Conv2d):
+    """A convolution that gives its weights away, to be used on pictures of several sizes.
+
+    Sharded engines meet on all ranks whenever a module is entered, and on the way back for each tensor that it gave.
+    So none may be entered, or give tensors, as often as a rank has lengths of waveforms.
+    """
+
+    def forward(self) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Kernel and bias."""
+        assert self.bias is not None
+        return self.weight, self.bias * 1.0  # no parameter: what is gathered is taken away again
+
+    def on(self, pictures: Sequence[Tensor]) -> list[Tensor]:
+        """Of each [B, channels, height, width]."""
+        weight, bias = self()
+        return [self._conv_forward(x.to(weight.dtype), weight, bias) for x in pictures]
 
 
 def _conv(
@@ -176,12 +229,13 @@ def _conv(
     generator: torch.Generator,
     stride: tuple[int, int] = (1, 1),
     dilation: tuple[int, int] = (1, 1),
-) -> nn.Module:
+) -> _Conv:
     """Convolution of odd kernel, padded so that stride 1 keeps the size; weights uniform as PyTorch's own, bias 0."""
     padding = (kernel[0] // 2 * dilation[0], kernel[1] // 2 * dilation[1])
-    conv = nn.Conv2d(ins, outs, kernel, stride, padding, dilation)
+    conv = _Conv(ins, outs, kernel, stride, padding, dilation)
     bound = (ins * kernel[0] * kernel[1]) ** -0.5
     with torch.no_grad():
         conv.weight.uniform_(-bound, bound, generator=generator)
         conv.bias.zero_()  # pyright: ignore[reportOptionalMemberAccess]
-    return weight_norm(conv)
+    weight_norm(conv)
+    return conv

@@ -24,6 +24,8 @@ from models.omni_config import OmniConfig
 from train.evaluate import Evaluator
 from train.layout import ModelLayout, media_tokens, work_of
 from train.recipe import Phase, Recipe, Span, spans
+from train.waveform_config import DECODER_PHASES
+from train.waveform_feed import open_segment_reader
 
 MOST_ROWS = 40  # of a table
 
@@ -104,8 +106,8 @@ class Feed:
         }:
             raise DataError(
                 "the data up to here is not the checkpoint's: data.shards, the sequence length, batch, window, "
-                "mixture, sizes of media, speeds, seed or the phases before this step have changed; go back to them, "
-                "or start another run with init=THIS_RUN"
+                "mixture, sizes of media, speeds, seed, loss.waveform.frames or context or the phases before this step "
+                "have changed; go back to them, or start another run with init=THIS_RUN"
             )
         for plan in progress:
             plan.seek(position[plan.fingerprint]["cursor"])
@@ -123,14 +125,15 @@ class Feed:
 class Reads(NamedTuple):
     """What a phase reads of the shards."""
 
-    speech: str  # "" text alone, "codes", "pairs"
+    speech: str  # "" text alone, "codes" of answers, "pairs" of them, or "waveform": codes and sound
     speakers: tuple[str, ...]  # empty: all
     sequence_length: int
 
     @classmethod
     def of(cls, phase: Phase, sequence_length: int) -> Reads:
         """`sequence_length` is that of phases without their own."""
-        speech = {"off": "", "preference": "pairs"}.get(phase.speech, "codes")
+        special = {"off": "", "preference": "pairs"} | dict.fromkeys(DECODER_PHASES, "waveform")
+        speech = special.get(phase.speech, "codes")
         return cls(speech, tuple(phase.speakers), phase.sequence_length or sequence_length)
 
 
@@ -178,6 +181,8 @@ def open_reader(recipe: Recipe, tokenizer: Tokenizer, model: ThinkerConfig | Omn
     data, pairs = recipe.data, reads.speech == "pairs"
     codec = codec_of(data.codec, model) if reads.speech else ""
     corpus = Corpus.open(data.shards, tokenizer.fingerprint, data.store, codec, pairs, reads.speakers)
+    if reads.speech == "waveform":
+        return open_segment_reader(recipe, corpus, tokenizer, model_layout(model, tokenizer))
     if reads.speech:
         check_speakers(corpus, model)
     return Reader(

@@ -144,7 +144,7 @@ class Totals:
 
     skipped: int
     targets: tuple[int, ...]  # of each term
-    tokens: tuple[int, ...]  # of each decoder with routers; the first is the Thinker's
+    tokens: tuple[int, ...]  # of each decoder with routers; the first is the Thinker's, or frames where there is none
 
     def vector(self) -> Tensor:
         """All counts, float64."""
@@ -243,7 +243,9 @@ def weighted(losses_K: Tensor, terms: Sequence[Term], totals: Totals) -> Tensor:
 
 
 def balance_losses(shares: Sequence[Tensor], probs: Sequence[Tensor], tokens: Sequence[int]) -> Tensor:
-    """Sum of the balance losses of each decoder with routers."""
+    """Sum of the balance losses of each decoder with routers; zero without any."""
+    if not shares:
+        return torch.zeros(())
     losses = [balance_loss(*each) for each in zip(shares, probs, tokens, strict=True)]
     return torch.stack(losses).sum()
 

@@ -39,6 +39,7 @@ from train.loop import fit
 from train.metrics import Meters, draw_curves
 from train.recipe import Recipe, Span, load_recipe, spans
 from train.run import Run
+from train.waveform_config import DECODER_PHASES
 
 USER_ERRORS = (RecipeError, DataError, ConfigError, CheckpointError, EngineError)
 
@@ -147,7 +148,10 @@ def restore(
         reader = CheckpointReader(manifest, released_pieces, identity=asdict(setup.model))
         engine.restore(reader, optimizer_step=max(0, optimizer_step))
     elif recipe.init is not None:
-        engine.restore(open_weights(recipe.init, released_pieces), optimizer_step=0)
+        weights = open_weights(recipe.init, released_pieces)
+        if setup.phase.speech in DECODER_PHASES and not weights.kinds("code2wav.code_embedding.weight"):
+            tqdm.write(f"{recipe.init} has no code2wav: the decoder begins anew")
+        engine.restore(weights, optimizer_step=0)
 
 
 def open_run(

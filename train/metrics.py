@@ -132,8 +132,8 @@ def load(share_LE: Tensor) -> list[float]:
 
 
 def worst_load(line: Mapping[str, Any]) -> float:
-    """Of all decoders of a step's line."""
-    return max(max(loads) for name, loads in line.items() if name.endswith("expert_load"))
+    """Of all decoders of a step's line; 1 without any."""
+    return max((max(loads) for name, loads in line.items() if name.endswith("expert_load")), default=1.0)
 
 
 def cut_after(path: Path, step: int) -> None:

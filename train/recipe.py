@@ -29,8 +29,9 @@ from models.omni_config import Code2WavConfig, TalkerConfig
 from train.errors import RecipeError
 from train.preference import PreferenceConfig
 from train.typed import build, nearest, paths
+from train.waveform_config import DECODER_PHASES, WaveformConfig
 
-WAYS = ("off", "live", "detached", "frozen", "cached", "preference")  # of phases.X.speech
+WAYS = ("off", "live", "detached", "frozen", "cached", "preference", *DECODER_PHASES)  # of phases.X.speech
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
 
@@ -84,7 +85,8 @@ class Phase:
     """How the Talker learns, and what of the Thinker runs for it: live (whole, the Talker's gradient reaches it),
     detached (whole, each with its own gradient), frozen (up to the layer that the Talker reads) or cached (not at all:
     launch.cache_hidden has kept that layer). preference: as frozen, from pairs of code sequences (launch.preferences)
-    by the loss of train/preference.py. off: text alone."""
+    by the loss of train/preference.py. off: text alone. waveform: the waveform decoder learns, by spectral losses, and
+    nothing else runs; adversarial: against discriminators too."""
     speakers: list[str] = field(default_factory=list)
     """Learn from answers of these speakers alone; empty: of all."""
     sequence_length: int | None = None
@@ -107,6 +109,8 @@ class LossConfig:
     """Of phases with speech=preference."""
     max_logits: int = 40_000_000
     """Logits that exist at the same time; 160 MB in fp32 by default."""
+    waveform: WaveformConfig = field(default_factory=WaveformConfig)
+    """Of phases that train the waveform decoder (train/waveform_config.py)."""
 
 
 @dataclass(frozen=True)
@@ -295,6 +299,17 @@ def _one_of(key: str, value: str, options: Sequence[str]) -> None:
         raise RecipeError(f"{key}={value}{nearest(value, options)}; it is one of {', '.join(options)}")
 
 
+def _check_decoder(where: str, recipe: Recipe) -> None:
+    if recipe.model.code2wav is None:
+        raise RecipeError(f"{where}: the model has no code2wav; choose one that has")
+    piece = recipe.loss.waveform.frames + recipe.loss.waveform.context
+    if piece > recipe.data.sequence_length:
+        raise RecipeError(
+            f"{where}: loss.waveform.frames and context are {piece} frames, above "
+            f"data.sequence_length={recipe.data.sequence_length}; raise it or take shorter pieces"
+        )
+
+
 def _validate(recipe: Recipe) -> None:
     """What types cannot say. Checks that need other parts (tokenizer, ranks) live with those parts."""
     _one_of("engine.name", recipe.engine.name, ("local", "deepspeed"))
@@ -323,6 +338,8 @@ def _validate(recipe: Recipe) -> None:
             )
         if phase.speakers and phase.speech == "off":
             raise RecipeError(f"phases.{name}.speakers: the phase has no speech; set phases.{name}.speech too")
+        if phase.speech in DECODER_PHASES:
+            _check_decoder(f"phases.{name}.speech={phase.speech}", recipe)
     if recipe.engine.zero not in (1, 2, 3):
         raise RecipeError(f"engine.zero={recipe.engine.zero}: it is 1, 2 or 3")
     if not recipe.phases:

@@ -1,6 +1,5 @@
-"""What the waveform decoder is trained on: spectral distances of two waveforms, and crops of codes and sound.
+"""What the waveform decoder is trained on: spectral distances of two waveforms.
 
-    codes_GF, wave_S --crop--> Segments --join--> Segments of a micro-batch      (integers and copies; data workers)
     fake_S, real_S, lengths --STFT at each scale--> magnitudes --.--> linear L1 of the bins      (stft_linear)
                                                                  +--> logarithmic L1 of the bins (stft_log)
                                                                  '--> mel filters --> log L1     (mel)
@@ -23,27 +22,23 @@ Cost: per scale two transforms, four frames a window; for the gradient 310 bytes
 hundredth of the released decoder's). Waveforms of equal length go in one batch, so crops of one size cost one call a
 scale.
 
-Letters: S samples (end to end), s samples of each of B waveforms of one length, K bins, F frames, M mel bands, G codes
-of a frame.
+Letters: S samples (end to end), s samples of each of B waveforms of one length, K bins, F frames, M mel bands.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from data.errors import BadSample
 from data.mel import hz_to_mel, mel_to_hz
 from train.errors import RecipeError
 
 SAMPLE_RATE = 24_000
-SAMPLES_PER_FRAME = 1920  # 80 ms
-CONTEXT = 25  # frames, 2 s: what transformers' chunked decode of the released model gives each chunk
 
 
 @dataclass(frozen=True)
@@ -118,81 +113,6 @@ def by_length(lengths: Sequence[int], *waves_S: Tensor) -> list[list[Tensor]]:
         [torch.stack([part for part in of_wave if len(part) == length]) for of_wave in parts]
         for length in sorted(set(lengths) - {0})
     ]
-
-
-@dataclass(frozen=True, slots=True)
-class Segments:
-    """Aligned pieces of codes and waveform, end to end without padding. The first frames of each are its context."""
-
-    codes_GF: Tensor  # int64, context included
-    wave_S: Tensor  # float, of the frames after the context
-    frames: tuple[int, ...]  # of each segment, context included; they sum to F
-    contexts: tuple[int, ...]  # frames that are decoded and not scored
-    samples: tuple[int, ...]  # of each segment's waveform; they sum to S
-
-    def pin_memory(self) -> Segments:
-        """Page-locked copies, for asynchronous copies to a GPU."""
-        return replace(self, codes_GF=self.codes_GF.pin_memory(), wave_S=self.wave_S.pin_memory())
-
-    def to(self, device: torch.device | str) -> Segments:
-        """The same segments on `device`; asynchronous where they are pinned."""
-        codes_GF, wave_S = (tensor.to(device, non_blocking=True) for tensor in (self.codes_GF, self.wave_S))
-        return replace(self, codes_GF=codes_GF, wave_S=wave_S)
-
-
-def crop(
-    codes_GF: Tensor,
-    waveform_S: Tensor,
-    frames: int,
-    generator: torch.Generator | None,
-    *,
-    context: int = CONTEXT,
-    samples_per_frame: int = SAMPLES_PER_FRAME,
-) -> Segments:
-    """Draw `frames` frames of an utterance, up to `context` frames before them, and their waveform.
-
-    Frame f of codes int64 [G, F] stands for samples f * samples_per_frame and on of the waveform, mono float [S] at
-    24 kHz; the last one may be cut short. Starts are uniform; a shorter utterance is taken whole. An utterance's own
-    start has no context, as in generation.
-
-    Raises BadSample where codes and waveform do not fit each other, ValueError for sizes that make no sense.
-    """
-    if frames < 1 or context < 0 or samples_per_frame < 1:
-        raise ValueError(
-            f"frames {frames} and samples_per_frame {samples_per_frame} must be above 0, context {context} not below"
-        )
-    if codes_GF.ndim != 2 or waveform_S.ndim != 1:
-        raise BadSample(
-            f"codes {list(codes_GF.shape)} must be [codebooks, frames], "
-            f"the waveform {list(waveform_S.shape)} mono [samples]"
-        )
-    total, samples = codes_GF.shape[1], len(waveform_S)
-    if not total or total != -(-samples // samples_per_frame):
-        raise BadSample(
-            f"{total} frames of codes do not fit {samples} samples at {samples_per_frame} a frame: "
-            "encode this very waveform, at 24 kHz, again"
-        )
-    start = int(torch.randint(max(0, total - frames) + 1, (), generator=generator))
-    stop, first = min(start + frames, total), max(0, start - context)
-    wave_S = waveform_S[start * samples_per_frame : stop * samples_per_frame].clone()  # not a view of the utterance
-    return Segments(codes_GF[:, first:stop].clone(), wave_S, (stop - first,), (start - first,), (len(wave_S),))
-
-
-def join(segments: Sequence[Segments]) -> Segments:
-    """Segments end to end; at least one. For a rank that has none: `no_segments`."""
-    return Segments(
-        torch.cat([segment.codes_GF for segment in segments], 1),
-        torch.cat([segment.wave_S for segment in segments]),
-        *(
-            tuple(n for segment in segments for n in getattr(segment, name))
-            for name in ("frames", "contexts", "samples")
-        ),
-    )
-
-
-def no_segments(num_code_groups: int) -> Segments:
-    """A micro-batch without segments, for a rank that has run out of data."""
-    return Segments(torch.empty(num_code_groups, 0, dtype=torch.int64), torch.empty(0), (), (), ())
 
 
 def _log_distance(fake: Tensor, real: Tensor, floor: float) -> Tensor:

@@ -24,7 +24,7 @@ def test_losses_are_those_of_the_papers(game):
     adversarial, matching, _ = adversary.generator_loss(real_S, fake_S, [301])
     want = [0.0, 0.0, 0.0]
     for part in adversary.discriminators:
-        (wanted, real), (features, fake) = part(real_S[None]), part(fake_S[None])
+        (wanted, real), (features, fake) = part.judge([real_S[None], fake_S[None]])
         if game == "hinge":
             of_real, of_fake, won = (1 - real).clamp(min=0), (1 + fake).clamp(min=0), (1 - fake).clamp(min=0)
         else:
@@ -44,7 +44,7 @@ def test_shapes_and_sizes():
     assert picture[0, 0].tolist() == [[1, 2, 3], [4, 5, 6], [7, 0, 0]]
     for samples in (1, 2, 31, 100):
         for part in adversary.discriminators:
-            features, scores_BN = part(noise(2 * samples).view(2, samples))
+            ((features, scores_BN),) = part.judge([noise(2 * samples).view(2, samples)])
             assert len(features) == len(part.convs) - 1 and len(scores_BN) == 2 and scores_BN.shape[1] > 0
     with torch.device("meta"):
         assert sum(p.numel() for p in Adversary(AdversaryConfig()).parameters()) == 41_578_260
@@ -85,6 +85,9 @@ def test_whom_the_gradient_reaches():
         (gradient_S,) = torch.autograd.grad(adversary.generator_loss(real_S, fake_S, [100])[index], fake_S)
         assert gradient_S.isfinite().all() and gradient_S.any()
     adversary.zero_grad()
+    sum(adversary.generator_loss(real_S, fake_S, [100])[:2]).backward()
+    assert fake_S.grad is not None and all(p.grad is None and p.requires_grad for p in adversary.parameters())
+    fake_S.grad = None
     total, count = adversary.discriminator_loss(real_S[:0], fake_S[:0], [])
     total.backward()
     assert total == 0 == count and all(p.grad is not None and not p.grad.any() for p in adversary.parameters())
@@ -113,7 +116,7 @@ def test_discriminators_tell_tones_from_noise(game):
         optimizer.zero_grad()
         (total / count).backward()
         optimizer.step()
-        losses.append(float(total) / count)
+        losses.append(float(total.detach()) / count)
     assert losses[-1] < 0.3 * losses[0], losses
 
 

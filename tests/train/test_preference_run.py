@@ -81,6 +81,7 @@ def settings(folder: Path, run: Path, *more: str) -> list[str]:
     engine = ["engine=local", "engine.precision=fp32", "engine.ep=1", "engine.recompute=false"]
     words = [
         *TALKER,
+        "loss.preference.residual_weight=0",
         *(f"data.{word}" for word in data),
         *engine,
         *PHASES,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,19 +13,64 @@ import soundfile
 import soxr
 import torch
 
-from models.code2wav import Code2Wav
+from data.segments import Segments, crop, join, no_segments
+from data.types import Batch
 from models.init import init_weights
-from models.omni_config import Code2WavConfig
-from tests.models.test_code2wav import TINY, tiny
-from train.adversary import Adversary, AdversaryConfig
+from models.omni import Omni
+from models.omni_config import Code2WavConfig, OmniConfig
+from tests.models.test_code2wav import TINY, randomize
+from tests.train import speech_cases
+from train.adversary import AdversaryConfig
 from train.errors import RecipeError
-from train.waveform import WaveformObjective, WaveformWeights, train_step
-from train.waveform_loss import Segments, SpectralConfig, crop, join, no_segments
+from train.loss import weighted
+from train.waveform import WaveformObjective, add_adversary
+from train.waveform_config import WaveformConfig
+from train.waveform_loss import SpectralConfig
 
 RATE = TINY.samples_per_frame
 DIGITS = Path(__file__).parents[2] / "../shared/data/fsdd_dev.tar"
 SPECTRAL = SpectralConfig(((256, 16), (64, 6)), floor=1e-3)
-ADVERSARY = AdversaryConfig((2, 3), (4, 8), (64,), 4)
+CONFIG = WaveformConfig(spectral=SPECTRAL, adversary=AdversaryConfig((2, 3), (4, 8), (64,), 4))
+
+
+def objective_of(config=TINY, settings=CONFIG, hostile=False):
+    """A decoder beside the tiny Thinker and Talker of other tests, whose parts do not run here."""
+    talker = speech_cases.config()
+    predictor = replace(talker.talker.code_predictor, num_code_groups=config.num_quantizers)
+    sizes = replace(talker, talker=replace(talker.talker, code_predictor=predictor), code2wav=config)
+    assert isinstance(sizes, OmniConfig)
+    omni = Omni(sizes)
+    init_weights(omni, seed=0)
+    if hostile:
+        add_adversary(omni, settings, 0)
+    return WaveformObjective(omni, settings)
+
+
+def tiny_objective(hostile=False):
+    """Its weights are large, so that all of it shows."""
+    objective = objective_of(hostile=hostile)
+    randomize(objective.code2wav, 0)
+    return objective
+
+
+def batch_of(segments):
+    return replace(Batch.empty(80), speech=segments)
+
+
+def train_step(objective, micro_batches, optimizer):
+    """One step in one process, as engines make it -> means by name."""
+    batches = [batch_of(segments) for segments in micro_batches]
+    totals, sums = objective.totals(batches), torch.zeros(len(objective.terms))
+    optimizer.zero_grad()
+    for batch in batches:
+        losses_K = objective(batch).losses_K
+        weighted(losses_K, objective.terms, totals).backward()
+        sums += losses_K.detach()
+    optimizer.step()
+    return {
+        term.name: float(total) / max(1, count)
+        for term, total, count in zip(objective.terms, sums, totals.targets, strict=True)
+    }
 
 
 def utterance(frames, seed):
@@ -42,10 +88,9 @@ def some_segments(count=3, frames=3, context=2):
 
 def test_scored_samples_are_those_of_the_whole_decode():
     """With the whole past as context, decoded pieces equal the same samples of one decode; context is not scored."""
-    model = tiny()
-    objective = WaveformObjective(model, SPECTRAL)
+    objective = tiny_objective()
     codes_GT, wave_S = utterance(9, 0)
-    whole_S = model(codes_GT[None])[0]
+    whole_S = objective.code2wav(codes_GT[None])[0]
     pieces = [
         Segments(codes_GT[:, :stop], wave_S[RATE * start : RATE * stop], (stop,), (start,), (RATE * (stop - start),))
         for start, stop in ((0, 4), (3, 9), (7, 8))
@@ -66,7 +111,7 @@ def test_the_end_of_an_utterance_is_scored_to_its_last_sample():
     """The codec filled the last frame up; that is not scored."""
     codes_GT, wave_S = utterance(3, 0)
     segment = crop(codes_GT, wave_S[: 2 * RATE + 10], 3, None, samples_per_frame=RATE)
-    objective = WaveformObjective(tiny(), SPECTRAL)
+    objective = tiny_objective()
     assert objective.lengths(segment) == [2 * RATE + 10]
     short = crop(codes_GT[:, :1], wave_S[:600], 3, None, samples_per_frame=RATE)
     assert objective.lengths(short) == [600] and len(objective.waves(short)[1]) == 600
@@ -79,36 +124,63 @@ def test_any_split_gives_the_same_step(hostile):
     splits = [[join(segments)], segments, [join(segments[:2]), no_segments(TINY.num_quantizers), segments[2]]]
     ends, means = [], []
     for micro_batches in splits:
-        model, adversary = tiny(), Adversary(ADVERSARY) if hostile else None
-        optimizers = [torch.optim.SGD(m.parameters(), 1e-3) for m in (model, adversary) if m is not None]
-        objective = WaveformObjective(model, SPECTRAL)
-        others = (adversary, optimizers[1]) if adversary is not None else ()
-        means.append(train_step(objective, micro_batches, optimizers[0], WaveformWeights(), *others))
-        ends.append(model.state_dict() | (adversary.state_dict() if adversary is not None else {}))
-    names = {"stft_linear", "stft_log", "mel", "loss"}
+        objective = tiny_objective(hostile)
+        optimizer = torch.optim.SGD([p for p in objective.parameters() if p.requires_grad], 1e-3)
+        means.append(train_step(objective, micro_batches, optimizer))
+        ends.append(objective.state_dict())
+    names = {"stft_linear", "stft_log", "mel"}
     assert set(means[0]) == names | ({"adversarial", "matching", "discriminator"} if hostile else set())
-    before = tiny().state_dict()
-    assert not all(torch.equal(before[name], ends[0][name]) for name in before)
+    before = tiny_objective(hostile).state_dict()
+    changed = {name.split(".")[1] for name in before if not torch.equal(before[name], ends[0][name])}
+    assert changed == {"code2wav"} | ({"adversary"} if hostile else set())
     for end, mean in zip(ends[1:], means[1:], strict=True):
         assert mean == pytest.approx(means[0], rel=1e-4)
         for name, value in ends[0].items():
             torch.testing.assert_close(end[name], value, atol=1e-5, rtol=1e-4, msg=name)
 
 
-def test_nothing_to_score_gives_zero_gradients():
-    objective, adversary = WaveformObjective(tiny(), SPECTRAL), Adversary(ADVERSARY)
-    sums = objective(no_segments(TINY.num_quantizers), adversary)
-    WaveformWeights().share(sums, 0).backward()
+@pytest.mark.parametrize("segments", [no_segments(TINY.num_quantizers), None])
+def test_nothing_to_score_gives_zero_gradients(segments):
+    objective = tiny_objective(hostile=True)
+    batch = batch_of(segments)
+    assert objective.totals([batch]).targets == (0,) * 6
+    objective(batch).losses_K.sum().backward()
     for name, parameter in objective.named_parameters():
-        assert parameter.grad is not None and not parameter.grad.any(), name
+        if parameter.requires_grad:
+            assert parameter.grad is not None and not parameter.grad.any(), name
+        else:
+            assert name.startswith(("omni.thinker.", "omni.talker.")) and parameter.grad is None
+
+
+def test_each_side_gets_the_gradient_of_its_own_loss():
+    """Discriminators that of theirs, the decoder that of the other terms, though all go backward together."""
+    objective, batch = tiny_objective(hostile=True), batch_of(join(some_segments()))
+    losses_K = objective(batch).losses_K
+    adversary, decoder = (dict(part.named_parameters()) for part in (objective.adversary, objective.code2wav))
+    together = torch.autograd.grad(losses_K.sum(), [*adversary.values(), *decoder.values()], retain_graph=True)
+    judges = torch.autograd.grad(losses_K[5], [*adversary.values()], retain_graph=True)
+    makes = torch.autograd.grad(losses_K[:5].sum(), [*decoder.values()])
+    for got, want in zip(together, [*judges, *makes], strict=True):
+        torch.testing.assert_close(got, want)
+    assert all(grad.any() for grad in judges)
+    assert all(parameter.requires_grad for parameter in adversary.values())
 
 
 def test_weights():
-    sums = {name: torch.tensor(10.0**i) for i, name in enumerate(("stft_linear", "stft_log", "mel", "matching"))}
-    weights = WaveformWeights(stft_linear=1, stft_log=2, mel=3, matching=4)
-    assert float(weights.share(sums, 2)) == (1 + 20 + 300 + 4000) / 2
-    with pytest.raises(RecipeError, match="weights.mel must not be below 0"):
-        WaveformWeights(mel=-1)
+    terms = {term.name: term.weight for term in tiny_objective(hostile=True).terms}
+    assert terms == {
+        "stft_linear": 15.0, "stft_log": 15.0, "mel": 15.0, "adversarial": 1.0, "matching": 2.0, "discriminator": 1.0
+    }  # fmt: skip
+    for name in ("mel", "context", "matching"):
+        with pytest.raises(RecipeError, match=f"loss.waveform.{name}=-1: it must not be below 0"):
+            WaveformConfig(**{name: -1})
+    with pytest.raises(RecipeError, match="loss.waveform.frames=0: it must be at least 1"):
+        WaveformConfig(frames=0)
+
+
+def test_a_model_without_a_decoder_is_refused():
+    with pytest.raises(RecipeError, match="the model has no code2wav to train"):
+        WaveformObjective(Omni(speech_cases.config()), CONFIG)
 
 
 def digits(seconds):
@@ -150,23 +222,22 @@ def quantize(wave_S, groups=8, levels=16):
 
 def learn(wave_S, steps, hostile=False):
     """Mel distances: means of the first and the last tenth of the steps, then of all the sound with shuffled codes."""
-    config = Code2WavConfig(16, 8, 64, 128, 2, 2, 2, decoder_dim=64, sliding_window=8)
-    model = Code2Wav(config)
-    init_weights(model, seed=0)
-    objective = WaveformObjective(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.8, 0.99))
-    others = ()
-    if hostile:
-        adversary = Adversary(AdversaryConfig((2, 5), (8, 16, 32), (512,), 8))
-        others = adversary, torch.optim.AdamW(adversary.parameters(), lr=5e-4, betas=(0.8, 0.99))
+    settings = WaveformConfig(adversary=AdversaryConfig((2, 5), (8, 16, 32), (512,), 8))
+    objective = objective_of(
+        Code2WavConfig(16, 8, 64, 128, 2, 2, 2, decoder_dim=64, sliding_window=8), settings, hostile
+    )
+    groups = [{"params": list(objective.code2wav.parameters()), "lr": 2e-3}]
+    if objective.adversary is not None:
+        groups.append({"params": list(objective.adversary.parameters()), "lr": 5e-4})
+    optimizer = torch.optim.AdamW(groups, betas=(0.8, 0.99))
     codes_GF, generator, mels = quantize(wave_S), torch.Generator().manual_seed(0), []
     for _ in range(steps):
         segments = join([crop(codes_GF, wave_S, 8, generator, context=4) for _ in range(4)])
-        mels.append(train_step(objective, [segments], optimizer, WaveformWeights(), *others)["mel"])
+        mels.append(train_step(objective, [segments], optimizer)["mel"])
     shuffled_GF = codes_GF[:, torch.randperm(codes_GF.shape[1], generator=generator)]
     whole = crop(shuffled_GF, wave_S, codes_GF.shape[1], None)
     with torch.no_grad():
-        wrong = float(objective(whole)["mel"]) / sum(objective.lengths(whole))
+        wrong = float(objective(batch_of(whole)).losses_K[2]) / sum(objective.lengths(whole))
     tenth = max(1, steps // 10)
     return sum(mels[:tenth]) / tenth, sum(mels[-tenth:]) / tenth, wrong
 

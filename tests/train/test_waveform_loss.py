@@ -10,18 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.errors import BadSample
+from data.segments import Segments, crop, join, no_segments
 from train.errors import RecipeError
-from train.waveform_loss import (
-    Segments,
-    SpectralConfig,
-    by_length,
-    crop,
-    join,
-    magnitudes,
-    mel_bank,
-    no_segments,
-    spectral_sums,
-)
+from train.waveform_loss import SpectralConfig, by_length, magnitudes, mel_bank, spectral_sums
 
 SMALL = SpectralConfig(((64, 8), (32, 4)), floor=1e-3)
 

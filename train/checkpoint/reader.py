@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from models.hf import TRAINING
 from train.checkpoint.format import MANIFEST, Manifest, ReleasedPieces, identity_pieces, tensor_key
 from train.checkpoint.resume import candidates, verify
 from train.engines import VALUE, WEIGHT, StateReader
@@ -52,8 +53,9 @@ class CheckpointReader:
         return self.manifest.parameters.get(name, frozenset())
 
     def names(self) -> Mapping[str, tuple[int, ...]]:
-        """Released name -> shape of every weight."""
-        return {name: entry.shape for name, entry in self.manifest.tensors.items() if WEIGHT in entry.ranges}
+        """Released name -> shape of every weight of the model itself."""
+        weights = {name: entry.shape for name, entry in self.manifest.tensors.items() if WEIGHT in entry.ranges}
+        return {name: shape for name, shape in weights.items() if not name.startswith(TRAINING)}
 
     def read(self, kind: str, name: str, shape: Sequence[int], start: int, length: int) -> Tensor:
         """See train.engines.StateReader."""
@@ -111,7 +113,7 @@ class WeightsReader:
         """See train.engines.StateReader."""
         if self._pieces is identity_pieces:
             return frozenset({WEIGHT} if name in self._file_of else ())
-        pieces = self._pieces(name, tuple(self._shapes[name]), 0, 1)
+        pieces = self._pieces(name, tuple(self._shapes.get(name, (1,))), 0, 1)  # shapes matter for experts alone
         return frozenset({WEIGHT} if pieces[0][0] in self._file_of else ())
 
     def names(self) -> Mapping[str, tuple[int, ...]]:

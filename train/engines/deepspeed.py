@@ -44,6 +44,7 @@ from train.engines.setup import (
     continue_greedily,
     first_shares,
     read_shares,
+    starts_anew,
     stats_of,
     sums_of_eval,
 )
@@ -107,7 +108,7 @@ class DeepSpeedEngine:
         self.optimizer = self.zero.optimizer
         expose_router_logits(self.objective)
         self.shares = first_shares(self.objective, self.device)
-        self._sharing = setup.engine.share_encoders and self.shard.count > 1
+        self._sharing = setup.engine.share_encoders and self.shard.count > 1 and setup.encodes
         if initial is not None:
             self.restore(_Initial(initial), optimizer_step=0)
 
@@ -135,7 +136,7 @@ class DeepSpeedEngine:
             balance_share = balance_losses(self.shares, sums.probs, totals.tokens)
             share = weighted(sums.losses_K, objective.terms, totals) + self.setup.loss.balance * balance_share
             self._backward(share * self.shard.count, last=number == len(parts) and not (shared and shared.learns))
-            found_K += torch.cat([sums.losses_K.detach(), balance_share.detach().view(1)]).cpu().double()
+            found_K += torch.cat([sums.losses_K, balance_share.to(sums.losses_K).view(1)]).detach().cpu().double()
             counts = [count_LE + more_LE for count_LE, more_LE in zip(counts, sums.counts, strict=True)]
         if shared and shared.learns:
             self._backward(shared.loss() + self._nothing(), last=True)
@@ -254,7 +255,8 @@ class DeepSpeedEngine:
             self.zero._partition_all_parameters()
         for trainable in (True, False):
             for owned in self._owned(trainable):
-                load(*owned)
+                if not (trainable and starts_anew(state, owned.name)):
+                    load(*owned)
         for name, (start, part) in self.frozen.items():
             load(name, start, {WEIGHT: part})
         if optimizer_step:

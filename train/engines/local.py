@@ -15,7 +15,15 @@ from torch import Tensor, nn
 from data.types import Batch
 from train import ranks
 from train.engines import MOMENTS, VALUE, WEIGHT, Fragment, Shard, StateReader, StepStats
-from train.engines.setup import EngineSetup, continue_greedily, first_shares, read_shares, stats_of, sums_of_eval
+from train.engines.setup import (
+    EngineSetup,
+    continue_greedily,
+    first_shares,
+    read_shares,
+    starts_anew,
+    stats_of,
+    sums_of_eval,
+)
 from train.errors import EngineError
 from train.loss import balance_losses, next_share, weighted
 from train.optim import set_lr
@@ -120,6 +128,8 @@ class LocalEngine:
     def restore(self, state: StateReader, *, optimizer_step: int) -> None:
         """See train.engines.Engine."""
         for name, _, master in self.masters:
+            if master.requires_grad and starts_anew(state, name):
+                continue
             shape, size = tuple(master.shape), master.numel()
             master.view(-1).copy_(state.read(WEIGHT, name, shape, 0, size))
             if optimizer_step and master.requires_grad:

@@ -28,8 +28,10 @@ from train.optim import param_groups, select_trainable
 from train.preference import PreferenceObjective
 from train.recipe import EngineConfig, LossConfig, OptimConfig, Phase
 from train.speech import SpeechObjective
+from train.waveform import ADVERSARY, WaveformObjective, add_adversary
+from train.waveform_config import DECODER_PHASES
 
-AnyObjective = Objective | SpeechObjective
+AnyObjective = Objective | SpeechObjective | WaveformObjective
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,11 @@ class EngineSetup:
         """The Thinker's sizes."""
         return self.model.thinker if isinstance(self.model, OmniConfig) else self.model
 
+    @property
+    def encodes(self) -> bool:
+        """Whether the phase runs the Thinker's encoders."""
+        return self.phase.speech not in DECODER_PHASES
+
     def build_objective(self) -> AnyObjective:
         """Model and loss on the CPU in fp32, with the same initial weights on every rank, frozen as the phase says."""
         recompute = self.engine.recompute
@@ -64,11 +71,15 @@ class EngineSetup:
         else:
             model = Thinker(self.model, recompute_experts=recompute)
         init_weights(model, self.seed)
+        if self.phase.speech == "adversarial" and isinstance(model, Omni):
+            add_adversary(model, self.loss.waveform, self.seed)
         select_trainable(model, self.phase, self.phase_name)
         limit = self.loss.max_logits
         if isinstance(model, Thinker):
             return Objective(model, top_k=self.thinker.text.num_experts_per_tok, max_logits=limit)
-        if self.phase.speech == "preference":
+        if self.phase.speech in DECODER_PHASES:
+            objective = WaveformObjective(model, self.loss.waveform)
+        elif self.phase.speech == "preference":
             objective = PreferenceObjective(model, self.loss.preference, max_logits=limit)
         else:
             weights = {"text": self.loss.text, "residual": self.loss.residual}
@@ -98,7 +109,7 @@ def stats_of(
     return StepStats(
         loss=sum(term.weight * means[term.name] for term in objective.terms),
         terms=means,
-        balance_loss=balance / len(shares),
+        balance_loss=balance / max(1, len(shares)),
         grad_norm=grad_norm,
         num_tokens=totals.tokens[0],
         num_targets=sum(totals.targets),
@@ -120,6 +131,11 @@ def read_shares(state: StateReader, objective: AnyObjective, device: torch.devic
         values = state.read(VALUE, routers.name, shape, 0, routers.layers * routers.experts)
         found.append(values.view(shape).to(device, copy=True))
     return found
+
+
+def starts_anew(state: StateReader, name: str) -> bool:
+    """Whether a parameter that learns keeps its first weights: of a part that the state may lack, and does."""
+    return name.startswith(("code2wav.", f"{ADVERSARY}.")) and not state.kinds(name)
 
 
 def sums_of_eval(objective: AnyObjective, batch: Batch) -> Mapping[str, float]:
