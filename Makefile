@@ -16,7 +16,7 @@ setup: .venv/.stamp
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[deepspeed,demo,hf,serve,wandb,dev]'
 	@touch $@
 
-demo: .venv/.stamp  ## a tiny omni model learns five languages of synthetic speech, in six minutes
+demo: .venv/.stamp  ## a tiny omni model learns to hear, see, answer and speak, in 20 minutes
 	@$(BIN)/python -m launch.tour
 
 FSDD ?= ../shared/data/fsdd_dev.tar

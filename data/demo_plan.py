@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from data.chat import transcription
 from data.demo_docs import documents
-from data.demo_small import KNOWN_TASKS
+from data.demo_small import KNOWN_TASKS, VOICES
 from data.demo_spoken import read_aloud
 from data.demo_studio import Medium, Studio, heldout
 from data.demo_tasks import TASKS
@@ -129,7 +129,7 @@ def _transcribed(utterance: Utterance, _: Settings) -> Planned:
 def _aloud(utterance: Utterance, settings: Settings) -> Planned:
     split, language, number = utterance.key.split("-")
     studio = Studio(settings.seed, f"{split} aloud", int(number), language, settings.languages)
-    messages = read_aloud(studio, utterance.speech.text)
+    messages = read_aloud(studio, utterance.speech.text, VOICES)
     key = f"{split}-animals_aloud-{language}-{number}"
     record = SampleRecord(key, messages, language=language, source="animals_aloud", speaker=studio.speaker)
     return Planned(record, studio.media)

@@ -1,10 +1,12 @@
 """Tasks of a small world, which a tiny model masters in minutes on a laptop: what `make demo` learns.
 
-    picture of one or two of 16 things, a sound, or a film of one thing  x  question in text or speech  --> answer
+    picture of one or two of 12 things, a sound, or a film of one thing  x  question in text or speech  --> answer
 
-The languages, voices, drawing and splits are the whole corpus' (data.demo_studio); only there is less to know. Answers
-about pictures are a word: `picture_aloud` has it spoken, too, and `words` has them to be written down, so that a
-recogniser knows what it may hear. `animals_aloud` is planned with transcription (data.demo_plan).
+The languages, voices and drawing are the whole corpus' (data.demo_studio); only there is less to know. There are so few
+scenes of one thing that holding some out would teach that they are never true: those of `scenes` are drawn anew, with
+other sizes, shades and shifts, and of the pairs of things an eighth is held out by name. Answers about pictures are a
+word: `picture_aloud` has it spoken, too, and `words` has them to be written down, so that a recogniser knows what it
+may hear. `animals_aloud` is planned with transcription (data.demo_plan). Two voices of each language speak.
 """
 
 from __future__ import annotations
@@ -13,15 +15,22 @@ from data.demo_language import PLACES, SINGLE_SOUNDS, Thing
 from data.demo_scenes import Film, Picture
 from data.demo_spoken import SPOKEN
 from data.demo_studio import Sounds, Studio, told, write
-from data.demo_tasks import TASKS, Task
+from data.demo_tasks import TASKS, Task, caption
 from data.demo_utterances import INSTRUCTIONS
 
 THINGS = tuple(
     Thing(shape, colour, "big")
-    for shape in ("circle", "square", "triangle", "cross")
+    for shape in ("circle", "triangle", "cross")
     for colour in ("red", "blue", "yellow", "black")
 )
 SIDES = PLACES[:2]
+VOICES = ("f1", "m1")
+
+
+def picture_told(studio: Studio) -> list[dict]:
+    """A picture told in text: every thing and where it is, which teaches more than a word does."""
+    picture, _, _ = _picture(studio)
+    return studio.ask([studio.show(picture)], [write(studio.words.describe)], caption(studio, picture))
 
 
 def picture_text(studio: Studio) -> list[dict]:
@@ -39,7 +48,7 @@ def picture_voice(studio: Studio) -> list[dict]:
 def picture_aloud(studio: Studio) -> list[dict]:
     """A picture and a question in speech; the answer in text and speech."""
     picture, question, answer = _picture(studio)
-    return studio.ask([studio.show(picture)], [studio.speak(question)], studio.say(answer))
+    return studio.ask([studio.show(picture)], [studio.speak(question)], studio.say(answer, VOICES))
 
 
 def sound_text(studio: Studio) -> list[dict]:
@@ -73,15 +82,16 @@ def words(studio: Studio) -> list[dict]:
 
 
 SMALL = {
-    "animals_aloud": Task(None, 40, ("sentences",)),
-    "picture_text": Task(picture_text, 80, ("scenes",)),
+    "animals_aloud": Task(None, 170, ("sentences",)),
+    "picture_told": Task(picture_told, 50, ("scenes",)),
+    "picture_text": Task(picture_text, 50, ("scenes",)),
     "picture_voice": Task(picture_voice, 50, ("voices", "scenes")),
-    "picture_aloud": Task(picture_aloud, 30, ("voices", "scenes")),
+    "picture_aloud": Task(picture_aloud, 35, ("voices", "scenes")),
     "sound_text": Task(sound_text, 10, ("scenes",)),
     "sound_voice": Task(sound_voice, 15, ("voices", "scenes")),
-    "film_text": Task(film_text, 40, ("scenes",)),
+    "film_text": Task(film_text, 35, ("scenes",)),
     "film_voice": Task(film_voice, 25, ("voices", "scenes")),
-    "words": Task(words, 40, ("voices",)),
+    "words": Task(words, 35, ("voices",)),
 }
 KNOWN_TASKS = TASKS | SPOKEN | SMALL
 
@@ -89,10 +99,11 @@ KNOWN_TASKS = TASKS | SPOKEN | SMALL
 def _picture(studio: Studio) -> tuple[Picture, str, str]:
     """A picture, a question about it, and the answer, a word."""
 
+    places = SIDES if studio.rng.random() < 0.5 else (studio.rng.choice(SIDES),)
+
     def make() -> Picture | None:
-        places = SIDES if studio.rng.random() < 0.5 else (studio.rng.choice(SIDES),)
         picture = Picture(tuple(zip(places, studio.rng.sample(THINGS, len(places)), strict=True)))
-        return picture if studio.fits(picture) else None
+        return picture if len(places) == 1 or studio.fits(picture) else None
 
     picture = studio.until(make)
     place, thing = studio.rng.choice(picture.things)
@@ -113,10 +124,5 @@ def _sound(studio: Studio) -> tuple[Sounds, str]:
 
 def _film(studio: Studio) -> Film:
     """A silent film."""
-
-    def make() -> Film | None:
-        action, thing = studio.rng.choice(("moves", "moves", "appears", "vanishes")), studio.rng.choice(THINGS)
-        film = Film(action, thing, direction=studio.rng.choice(SIDES) if action == "moves" else "")
-        return film if studio.fits(film) else None
-
-    return studio.until(make)
+    action, thing = studio.rng.choice(("moves", "moves", "appears", "vanishes")), studio.rng.choice(THINGS)
+    return Film(action, thing, direction=studio.rng.choice(SIDES) if action == "moves" else "")

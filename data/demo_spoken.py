@@ -8,8 +8,10 @@ The voices are few and the same in all sets, since a Talker speaks as those that
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from data.demo_scenes import Picture
-from data.demo_studio import Studio, here, write
+from data.demo_studio import SPEAKERS, Studio, here, write
 from data.demo_tasks import Task, caption, picture_question, sound_question_of
 
 
@@ -18,7 +20,7 @@ def reading(studio: Studio) -> list[dict]:
     return read_aloud(studio, studio.statement().said(studio.words))
 
 
-def read_aloud(studio: Studio, text: str) -> list[dict]:
+def read_aloud(studio: Studio, text: str, voices: Sequence[str] = tuple(SPEAKERS)) -> list[dict]:
     """A system turn with a text that is to be read aloud, and that text, spoken.
 
     In a user turn the Talker would see it and learn to read that, not what the answer says: it reads user turns, and
@@ -27,7 +29,7 @@ def read_aloud(studio: Studio, text: str) -> list[dict]:
     return [
         {"role": "system", "content": [write(text)]},
         {"role": "user", "content": [write(studio.words.read)]},
-        {"role": "assistant", "content": studio.say(text)},
+        {"role": "assistant", "content": studio.say(text, voices)},
     ]
 
 

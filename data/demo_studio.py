@@ -257,9 +257,9 @@ class Studio:
         """A part that says `text`, aloud or in writing."""
         return self.speak(text) if spoken else write(text)
 
-    def say(self, text: str) -> list[dict]:
-        """The parts of an answer that is also spoken, by one of the language's named speakers."""
-        name = self.rng.choice(list(SPEAKERS))
+    def say(self, text: str, voices: Sequence[str] = tuple(SPEAKERS)) -> list[dict]:
+        """The parts of an answer that is also spoken, by one of the language's named speakers, or of some `voices`."""
+        name = self.rng.choice(voices)
         variant, pitch = SPEAKERS[name]
         speech = Speech(text, f"{self.words.voice}+{variant}", self.rng.randint(155, 190), pitch)
         self.media["speech.flac"] = Medium(Answer(speech), 0)

@@ -16,6 +16,7 @@ from train.evaluate import Row, grouped_rows
 
 UNDERSTANDING, ANSWERS, SPEECH, CODEC = 0.10, 0.90, 0.20, 0.10  # the bars: error, accuracy, error, error
 PAIRS = {
+    "picture_told": "picture + text, told in sentences",
     "picture_text": "picture + text",
     "picture_voice": "picture + speech",
     "picture_aloud": "picture + speech, answer also spoken",

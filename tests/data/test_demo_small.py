@@ -9,7 +9,7 @@ import pytest
 from data.demo_plan import Planned, Settings, plan
 from data.demo_scenes import Film, Picture
 from data.demo_small import SMALL, THINGS
-from data.demo_studio import HELDOUT_VARIANTS, Answer, Sounds, Speech, told
+from data.demo_studio import HELDOUT_VARIANTS, Answer, Sounds, Speech, here, told
 from data.demo_words import LANGUAGES
 from data.errors import DataError
 from data.sample import speech_of, text_of
@@ -20,7 +20,7 @@ CODES = ("en", "de", "fr", "ru", "zh")
 
 @pytest.fixture(scope="module")
 def planned() -> dict[str, list[Planned]]:
-    return plan(Settings(3000, 20, CODES, tasks=TASKS))
+    return plan(Settings(6000, 20, CODES, tasks=TASKS))
 
 
 def contents(sample: Planned, kind: type) -> list:
@@ -34,8 +34,8 @@ def answer(sample: Planned) -> str:
 def test_every_task_in_its_share(planned: dict[str, list[Planned]]) -> None:
     found = Counter(sample.record.source for sample in planned["train"])
     total = 110 + sum(task.share for task in SMALL.values())
-    assert set(found) == set(TASKS) and sum(found.values()) == 3000
-    assert all(abs(found[name] - 3000 * task.share / total) <= 2 for name, task in SMALL.items())
+    assert set(found) == set(TASKS) and sum(found.values()) == 6000
+    assert all(abs(found[name] - 6000 * task.share / total) <= 2 for name, task in SMALL.items())
     for split in ("voices", "sentences", "scenes"):
         assert len(planned[split]) == 20 * len(CODES)
         assert {s.record.source for s in planned[split]} == {
@@ -50,6 +50,10 @@ def test_answers_are_true(planned: dict[str, list[Planned]]) -> None:
             (picture,) = contents(sample, Picture)
             things = [thing for _, thing in picture.things]
             assert set(things) <= set(THINGS) and len(things) in (1, 2)
+            if source == "picture_told":
+                said = [here(place, thing).said(words) for place, thing in picture.things]
+                assert answer(sample) == words.gap.join(said)
+                continue
             true = {words.colour(thing.colour) for thing in things} | {words.shape(thing.shape) for thing in things}
             assert answer(sample) in true | {words.count(len(things))}
         elif source.startswith("sound"):
@@ -63,9 +67,11 @@ def test_answers_are_true(planned: dict[str, list[Planned]]) -> None:
 
 
 def test_nothing_held_out_is_trained_on(planned: dict[str, list[Planned]]) -> None:
-    for kind, split in ((Picture, "scenes"), (Film, "scenes")):
-        names = {s: {item.name for row in planned[s] for item in contents(row, kind)} for s in ("train", split)}
-        assert names[split] and names["train"] and not names[split] & names["train"]
+    pictures = {s: [item for row in planned[s] for item in contents(row, Picture)] for s in ("train", "scenes")}
+    pairs = {s: {item.name for item in found if len(item.things) == 2} for s, found in pictures.items()}
+    assert len(pairs["scenes"]) > 5 and len(pairs["train"]) > 50 and not pairs["scenes"] & pairs["train"]
+    seeds = {s: {m.seed for row in planned[s] for m in row.media.values()} - {0} for s in ("train", "scenes")}
+    assert len(seeds["scenes"]) > 50 and not seeds["scenes"] & seeds["train"], "drawn anew"
     texts = defaultdict(set)
     for split, rows in planned.items():
         for sample in rows:
