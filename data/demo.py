@@ -7,8 +7,8 @@
       --demo_render: numpy, espeak-ng, Pillow, FFmpeg, in `workers` processes--> OUT/{train,voices,sentences,scenes}
     texts of train --> OUT/tokenizer
 
-`--tasks transcription` alone is the corpus of the recipe "transcribe": counted animals in five languages, 640 tokens. The
-recipe "demo" reads the tasks of data.demo_small (launch/tour.py).
+`--tasks transcription` alone is the corpus of the recipe "transcribe": counted animals in five languages, 640 tokens.
+The recipe "demo" reads the tasks of data.demo_small (launch/tour.py).
 `--speech` adds tasks whose answers are spoken, for the Talker; `--tasks reading` is a text-to-speech corpus alone.
 `train` has no voice of `voices`, no statement of `sentences` and no picture, film or sequence of sounds of `scenes`.
 A corpus appears under its name only when it is whole, and one that is there already is kept. The same settings give

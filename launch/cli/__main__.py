@@ -8,7 +8,18 @@ import runpy
 import sys
 from pathlib import Path
 
-COMMANDS = ("evaluate", "convert", "generate", "demo", "tour", "cache_hidden", "voice", "preferences", "fsdd", "fsdd_talker")
+COMMANDS = (
+    "evaluate",
+    "convert",
+    "generate",
+    "demo",
+    "tour",
+    "cache_hidden",
+    "voice",
+    "preferences",
+    "fsdd",
+    "fsdd_talker",
+)
 
 
 def main() -> int:

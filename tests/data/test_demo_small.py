@@ -49,13 +49,13 @@ def test_answers_are_true(planned: dict[str, list[Planned]]) -> None:
         if source.startswith("picture"):
             (picture,) = contents(sample, Picture)
             things = [thing for _, thing in picture.things]
-            assert set(things) <= set(THINGS) and len(things) in (1, 2)
+            assert set(things) <= set(THINGS) and len(things) == 1
             if source == "picture_told":
                 said = [here(place, thing).said(words) for place, thing in picture.things]
                 assert answer(sample) == words.gap.join(said)
                 continue
             true = {words.colour(thing.colour) for thing in things} | {words.shape(thing.shape) for thing in things}
-            assert answer(sample) in true | {words.count(len(things))}
+            assert answer(sample) in true
         elif source.startswith("sound"):
             (sounds,) = contents(sample, Sounds)
             assert answer(sample) == words.sequence([words.heard(name) for name in sounds.names])
@@ -67,9 +67,6 @@ def test_answers_are_true(planned: dict[str, list[Planned]]) -> None:
 
 
 def test_nothing_held_out_is_trained_on(planned: dict[str, list[Planned]]) -> None:
-    pictures = {s: [item for row in planned[s] for item in contents(row, Picture)] for s in ("train", "scenes")}
-    pairs = {s: {item.name for item in found if len(item.things) == 2} for s, found in pictures.items()}
-    assert len(pairs["scenes"]) > 5 and len(pairs["train"]) > 50 and not pairs["scenes"] & pairs["train"]
     seeds = {s: {m.seed for row in planned[s] for m in row.media.values()} - {0} for s in ("train", "scenes")}
     assert len(seeds["scenes"]) > 50 and not seeds["scenes"] & seeds["train"], "drawn anew"
     texts = defaultdict(set)
