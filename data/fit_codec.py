@@ -6,12 +6,12 @@
       --> OUT/codec.json, OUT/codec.safetensors
 
     python -m data.fit_codec OUT shards=PATTERN[,PATTERN...] [codebooks=16] [codebook_size=512] [blocks=40000]
-                             [vocoder_steps=900] [seed=0] [max_seconds=1800]
+                             [vocoder_steps=900] [seed=0] [max_seconds=1800] [answers=0]
 
 Every member of a sample that is sound alone is drawn from, whatever part names it: a .flac is, an .mp4 is taken for a
-film and is not. Of a sample with a spoken answer only the answer is drawn. Of a member longer than 30 s the first 30 s
-are used. The same shards, settings and seed give the same bytes on the same machine. Cost with the defaults: 180 s of
-one core, 0.16 s for each step of the vocoder, and 1 GB.
+film and is not. Of a sample with a spoken answer only the answer is drawn, and with answers=1 nothing else at all. Of a
+member longer than 30 s the first 30 s are used. The same shards, settings and seed give the same bytes on the same
+machine. Cost with the defaults: 180 s of one core, 0.16 s for each step of the vocoder, and 1 GB.
 
 Letters: S samples, F frames of log-mel, M mel bands, N blocks, X values of a block, G codebooks, T blocks, B batch.
 """
@@ -67,6 +67,7 @@ class FitSettings:
     vocoder_steps: int = 900
     seed: int = 0
     max_seconds: int = 1800  # of sound that is drawn
+    answers: int = 0  # 1: of spoken answers alone
 
     def check(self) -> CodecSettings:
         """The sizes of the codec. Raises DataError for a setting out of bounds."""
@@ -143,7 +144,7 @@ def draw(corpus: Corpus, settings: FitSettings, quiet: bool = False) -> Drawn:
     """
     drawn, seconds, held_seconds = Drawn([], [], []), 0.0, 0.0
     with tqdm(total=settings.max_seconds, unit=" s", desc="drawing", disable=quiet) as bar:
-        for number, wave_S in enumerate(_heard(corpus, settings.seed, drawn)):
+        for number, wave_S in enumerate(_heard(corpus, settings, drawn)):
             length = len(wave_S) / SAMPLE_RATE
             if number % HELD_OUT_EVERY == 0 and held_seconds < HELD_OUT_SECONDS:
                 drawn.held_out.append(wave_S)
@@ -165,9 +166,9 @@ def draw(corpus: Corpus, settings: FitSettings, quiet: bool = False) -> Drawn:
     return drawn
 
 
-def _heard(corpus: Corpus, seed: int, drawn: Drawn) -> Iterator[Tensor]:
+def _heard(corpus: Corpus, settings: FitSettings, drawn: Drawn) -> Iterator[Tensor]:
     """The sound of all samples in random order, levelled. What cannot be used is noted in `drawn`."""
-    for sample in permutation(corpus.num_samples, seed).tolist():
+    for sample in permutation(corpus.num_samples, settings.seed).tolist():
         shard, row = corpus.locate(sample)
         index = corpus.index(shard)
         kinds = [extension.rpartition(".")[2] in _SOUND for extension in index.about["extensions"]]
@@ -181,7 +182,9 @@ def _heard(corpus: Corpus, seed: int, drawn: Drawn) -> Iterator[Tensor]:
             continue
         sound = [extension for extension in members if extension.rpartition(".")[2] in _SOUND]
         spoken = [extension for extension in sound if extension.startswith(SPEECH)]
-        for extension in spoken or sound:  # of a sample with a spoken answer only that: the codec is to say such things
+        for extension in (
+            spoken if settings.answers else spoken or sound
+        ):  # of a sample with a spoken answer only that: the codec is to say such things
             try:
                 with uninterrupted():
                     wave_S = decode(members[extension], rate=SAMPLE_RATE)

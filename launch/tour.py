@@ -34,7 +34,7 @@ DATA, THINKER, TALKER = Path("outputs/demo_data"), Path("outputs/demo"), Path("o
 LANGUAGES = "en,de,zh"
 CORPUS = [str(DATA), "--samples", "30000", "--heldout", "60", "--languages", LANGUAGES, "--vocab-size", "640"]
 CORPUS += ["--tasks", ",".join(("transcription", *SMALL)), "--workers", "2"]
-CODEC = ["codebooks=6", "codebook_size=256", "vocoder_steps=600", "max_seconds=1200"]
+CODEC = ["codebooks=6", "codebook_size=256", "vocoder_steps=600", "max_seconds=1200", "answers=1"]
 HELDOUT = f"shards={DATA}/sentences/*.tar,{DATA}/scenes/*.tar"
 SPEECH = [f"run={TALKER}", "suite=tts", f"recogniser={THINKER}", HELDOUT, "instruction=Transcribe.", "temperature=0"]
 TALKER_SETTINGS: list[str] = []  # of recipes/demo_talker.yaml

@@ -73,7 +73,9 @@ def test_the_whole_tour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
         "640",
     ]
     monkeypatch.setattr(tour, "CORPUS", [*corpus, "--tasks", tour.CORPUS[-3]])
-    monkeypatch.setattr(tour, "CODEC", ["codebooks=6", "codebook_size=256", "vocoder_steps=3", "max_seconds=150"])
+    monkeypatch.setattr(
+        tour, "CODEC", ["codebooks=6", "codebook_size=256", "vocoder_steps=3", "max_seconds=150", "answers=1"]
+    )
     monkeypatch.setattr(tour, "TALKER_SETTINGS", ["phases.speech.steps=3"])
     settings = [f"phases.{name}.steps=2" for name in ("audio_encoder", "alignment", "pretraining")]
     assert tour.main(settings) == 0
