@@ -112,5 +112,5 @@ def _sound(studio: Studio) -> tuple[Sounds, str]:
 
 def _film(studio: Studio) -> Film:
     """A silent film."""
-    action, thing = studio.rng.choice(("moves", "moves", "appears", "vanishes")), studio.rng.choice(THINGS)
+    action, thing = studio.rng.choice(("moves", "appears", "vanishes")), studio.rng.choice(THINGS)
     return Film(action, thing, direction=studio.rng.choice(SIDES) if action == "moves" else "")
