@@ -4,8 +4,8 @@
 
 The languages, voices and drawing are the whole corpus' (data.demo_studio); only there is less to know. There are so few
 scenes that holding some out would teach that they are never true: those of `scenes` are drawn anew, with other sizes,
-shades and shifts. Answers about pictures are a word: `picture_aloud` has it spoken, too, and `words` has them to be
-written down, so that a recogniser knows what it may hear. `animals_aloud` is planned with transcription
+shades and shifts. Answers about pictures are a word: `picture_aloud` and `words_aloud` have it spoken, too, and `words`
+has them to be written down, so that a recogniser knows what it may hear. `animals_aloud` is planned with transcription
 (data.demo_plan). Two voices of each language speak.
 """
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from data.demo_language import PLACES, SINGLE_SOUNDS, Thing
 from data.demo_scenes import Film, Picture
-from data.demo_spoken import SPOKEN
+from data.demo_spoken import SPOKEN, read_aloud
 from data.demo_studio import Sounds, Studio, told, write
 from data.demo_tasks import TASKS, Task, caption
 from data.demo_utterances import INSTRUCTIONS
@@ -81,8 +81,15 @@ def words(studio: Studio) -> list[dict]:
     return studio.ask([studio.speak(answer)], [write(studio.rng.choice(INSTRUCTIONS))], answer)
 
 
+def words_aloud(studio: Studio) -> list[dict]:
+    """A word that answers about pictures, to be read aloud."""
+    _, _, answer = _picture(studio)
+    return read_aloud(studio, answer, VOICES)
+
+
 SMALL = {
-    "animals_aloud": Task(None, 160, ("sentences",)),
+    "animals_aloud": Task(None, 130, ("sentences",)),
+    "words_aloud": Task(words_aloud, 50, ("scenes",)),
     "picture_told": Task(picture_told, 80, ("scenes",)),
     "picture_text": Task(picture_text, 110, ("scenes",)),
     "picture_voice": Task(picture_voice, 110, ("voices", "scenes")),

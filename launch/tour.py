@@ -32,7 +32,7 @@ from train.main import main as train
 
 DATA, THINKER, TALKER = Path("outputs/demo_data"), Path("outputs/demo"), Path("outputs/demo_talker")
 LANGUAGES = "en,de,zh"
-CORPUS = [str(DATA), "--samples", "30000", "--heldout", "60", "--languages", LANGUAGES, "--vocab-size", "640"]
+CORPUS = [str(DATA), "--samples", "30000", "--heldout", "100", "--languages", LANGUAGES, "--vocab-size", "640"]
 CORPUS += ["--tasks", ",".join(("transcription", *SMALL)), "--workers", "2"]
 CODEC = ["codebooks=6", "codebook_size=256", "vocoder_steps=600", "max_seconds=1200", "answers=1"]
 HELDOUT = f"shards={DATA}/sentences/*.tar,{DATA}/scenes/*.tar"

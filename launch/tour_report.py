@@ -15,6 +15,13 @@ from data.prompts import Prompt
 from train.evaluate import Row, grouped_rows
 
 UNDERSTANDING, ANSWERS, SPEECH, CODEC = 0.10, 0.90, 0.20, 0.10  # the bars: error, accuracy, error, error
+SOUNDS = {"speech": "Talker", "codec": "codec", "recording": "recording"}
+UNHEARD = "animals_aloud"
+SAID = {
+    "picture_aloud": "answers about unseen pictures",
+    "words_aloud": "words",
+    UNHEARD: "sentences never heard",
+}
 PAIRS = {
     "picture_told": "picture + text, told in sentences",
     "picture_text": "picture + text",
@@ -60,17 +67,24 @@ def _answers(pairs: list[tuple[Prompt, str]]) -> list[str]:
 
 def _speech(spoken: Sequence[dict[str, Any]]) -> list[str]:
     lines = ["speech: word error rate as the Thinker hears it, which has not heard the Talker"]
-    lines.append(f"  {'set':<12}{'language':<10}" + "".join(f"{kind:>12}" for kind in ("Talker", "codec", "recording")))
-    worst = {"speech": 0.0, "codec": 0.0}
-    for found in spoken:
-        rows = {kind: {row["group"]: row["wer"] for row in found["rows"][kind]} for kind in found["rows"]}
+    lines.append(f"  {'what is said':<30}{'language':<10}" + "".join(f"{title:>11}" for title in SOUNDS.values()))
+    examples = [example for found in spoken for example in found["examples"]]
+    worst = dict.fromkeys(SOUNDS, 0.0)
+    for source, title in SAID.items():
+        chosen = [example for example in examples if f"-{source}-" in example["key"]]
+        rows = {kind: _heard(chosen, kind) for kind in SOUNDS}
         for language in rows["speech"]:
-            rates = [rows[kind][language] for kind in ("speech", "codec", "recording")]
-            lines.append(f"  {found['set']:<12}{language:<10}" + "".join(f"{rate:>12.1%}" for rate in rates))
-            if language == "all":
-                worst = {"speech": max(worst["speech"], rates[0]), "codec": max(worst["codec"], rates[1])}
-    lines.append(_bar("Talker, worst set", worst["speech"], SPEECH, worst["speech"] < SPEECH, "below"))
-    return [*lines, _bar("codec, worst set", worst["codec"], CODEC, worst["codec"] < CODEC, "below")]
+            rates = {kind: rows[kind][language].wer for kind in SOUNDS}
+            lines.append(f"  {title:<30}{language:<10}" + "".join(f"{rate:>11.1%}" for rate in rates.values()))
+            if source != UNHEARD:
+                worst = {kind: max(worst[kind], rate) for kind, rate in rates.items()}
+    lines.append(_bar("answers and words, worst", worst["speech"], SPEECH, worst["speech"] < SPEECH, "below"))
+    return [*lines, _bar("their codec, worst", worst["codec"], CODEC, worst["codec"] < CODEC, "below")]
+
+
+def _heard(examples: Sequence[dict[str, Any]], kind: str) -> dict[str, Row]:
+    pairs = [(Prompt(e["key"], e["language"], e["text"]), e["heard"][kind]) for e in examples]
+    return _by(lambda prompt: prompt.language, pairs)
 
 
 def _files(folder: Path) -> list[str]:

@@ -20,7 +20,7 @@ CODES = ("en", "de", "fr", "ru", "zh")
 
 @pytest.fixture(scope="module")
 def planned() -> dict[str, list[Planned]]:
-    return plan(Settings(6000, 20, CODES, tasks=TASKS))
+    return plan(Settings(9000, 20, CODES, tasks=TASKS))
 
 
 def contents(sample: Planned, kind: type) -> list:
@@ -34,8 +34,8 @@ def answer(sample: Planned) -> str:
 def test_every_task_in_its_share(planned: dict[str, list[Planned]]) -> None:
     found = Counter(sample.record.source for sample in planned["train"])
     total = 110 + sum(task.share for task in SMALL.values())
-    assert set(found) == set(TASKS) and sum(found.values()) == 6000
-    assert all(abs(found[name] - 6000 * task.share / total) <= 2 for name, task in SMALL.items())
+    assert set(found) == set(TASKS) and sum(found.values()) == 9000
+    assert all(abs(found[name] - 9000 * task.share / total) <= 2 for name, task in SMALL.items())
     for split in ("voices", "sentences", "scenes"):
         assert len(planned[split]) == 20 * len(CODES)
         assert {s.record.source for s in planned[split]} == {
