@@ -284,7 +284,6 @@ def test_command_line_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         ["--tasks", ""],
         ["--samples", "0"],
         ["--heldout", "0"],
-        ["--heldout", "80"],
         ["--tasks", "transcription", "--samples", "3"],
         ["--tasks", "match", "--vocab-size", "9"],
     ):
