@@ -44,7 +44,7 @@ def launch(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_a_run_leaves_what_it_says(run: Path) -> None:
     names = {path.name for path in run.iterdir()}
     assert names >= {"recipe.yaml", "metrics.jsonl", "curves.png", "checkpoints", "eval"}
-    assert json.loads((run / "eval" / "heldout-step00000004.json").read_text())["rows"][-1]["language"] == "all"
+    assert json.loads((run / "eval" / "heldout-step00000004.json").read_text())["rows"][-1]["group"] == "all"
 
 
 def test_evaluate_gives_what_training_gave(run: Path, corpus: Path) -> None:

@@ -56,7 +56,7 @@ def test_report_sound_and_pictures(made: Path, tmp_path: Path, capsys: pytest.Ca
     assert report["codec"].startswith("kmeans/") and report["levels"] == 4 and found["step"] == 3
     assert len(found["examples"]) == 6 and len(found["code_accuracy"]) == 4 and found["code_frames"] > 30
     assert {example["text"] for example in found["examples"]} == set(TEXTS)
-    assert [row["language"] for row in found["rows"]["speech"]] == ["de", "en", "all"]
+    assert [row["group"] for row in found["rows"]["speech"]] == ["de", "en", "all"]
     assert not list(tmp_path.glob(".*"))
 
     assert launch(made, f"out={tmp_path}/out") == 0, "an earlier report is replaced"
