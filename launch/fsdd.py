@@ -22,8 +22,8 @@ DATA = Path("outputs/fsdd_data")
 NAMES = "zero,one,two,three,four,five,six,seven,eight,nine"
 
 
-def main(argv: Sequence[str]) -> int:
-    """Exit status: 0 (also when there is no such data), or that of the part that failed."""
+def main(argv: Sequence[str], stopped: int = 0) -> int:
+    """Exit status: 0 (also when there is no such data), that of the part that failed, or `stopped` (train.main)."""
     if not argv or "=" in argv[0]:
         print("error: give the folder or tar of {digit}_{speaker}_{n}.wav files first", file=sys.stderr)
         return 2
@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
         if status:
             return status
         done.touch()
-    return train(["recipe=fsdd", *settings])
+    return train(["recipe=fsdd", *settings], stopped)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 
     {digit}_{speaker}_{n}.wav --launch.fsdd--> outputs/fsdd: the recogniser, which never hears the Talker
                               --data.convert --speak--> outputs/fsdd_talker_data: "Say it." -> "seven", spoken
-    --data.fit_codec, data.codes--> codec and codes --train.py recipe=fsdd_talker--> outputs/fsdd_talker
+    --launch.own_codec--> codec and codes --train.py recipe=fsdd_talker--> outputs/fsdd_talker
     --launch.evaluate suite=tts--> word error rate, recordings and pictures
 
 Each part is kept once it is done: the same command goes on where it was.
@@ -16,15 +16,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from data import codes, convert, fit_codec
-from launch import evaluate, fsdd
+from data import convert
+from launch import evaluate, fsdd, own_codec
 from launch.arguments import guarded
 from train.main import main as train
 
 DATA = Path("outputs/fsdd_talker_data")
 HELDOUT = f"shards={DATA}/heldout/*.tar"
 EVALUATION = ["run=outputs/fsdd_talker", "suite=tts", "recogniser=outputs/fsdd", HELDOUT, "temperature=0"]
-SHARDS = f"{DATA}/train/*.tar,{DATA}/heldout/*.tar"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -37,9 +36,9 @@ def main(argv: Sequence[str]) -> int:
         print(f"skipped: {source} does not exist; give the recordings by: make fsdd-talker FSDD=PATH")
         return 0
     return (
-        fsdd.main([str(source)])
+        fsdd.main([str(source)], stopped=130)
         or _corpus(source)
-        or train(["recipe=fsdd_talker", *argv[1:]])
+        or train(["recipe=fsdd_talker", *argv[1:]], stopped=130)
         or guarded(evaluate.evaluate, EVALUATION)
     )
 
@@ -51,12 +50,7 @@ def _corpus(source: Path) -> int:
         if status := convert.main([*command, "--holdout", "0.1", "--language", "en", "--speak"]):
             return status
         (DATA / ".done").touch()
-    codec = DATA / "codec"
-    if not codec.is_dir() and (
-        status := fit_codec.main([str(codec), f"shards={DATA}/train/*.tar", "codebooks=6", "codebook_size=256"])
-    ):
-        return status
-    return codes.main([f"codec={codec}", f"shards={SHARDS}"])
+    return own_codec.main([str(DATA), "codebooks=6", "codebook_size=256"])
 
 
 if __name__ == "__main__":

@@ -28,7 +28,9 @@ from data.errors import DataError
 from launch import evaluate
 from launch.arguments import guarded
 from launch.tour_report import report
+from train.errors import RecipeError
 from train.main import main as train
+from train.recipe import load_recipe
 
 DATA, THINKER, TALKER = Path("outputs/demo_data"), Path("outputs/demo"), Path("outputs/demo_talker")
 LANGUAGES = "en,de,zh"
@@ -37,24 +39,28 @@ CORPUS += ["--tasks", ",".join(("transcription", *SMALL)), "--workers", "2"]
 CODEC = ["codebooks=6", "codebook_size=256", "vocoder_steps=600", "max_seconds=1200", "answers=1"]
 HELDOUT = f"shards={DATA}/sentences/*.tar,{DATA}/scenes/*.tar"
 SPEECH = [f"run={TALKER}", "suite=tts", f"recogniser={THINKER}", HELDOUT, "instruction=Transcribe.", "temperature=0"]
-TALKER_SETTINGS: list[str] = []  # of recipes/demo_talker.yaml
+TEACH = ["recipe=demo_talker"]
 CODEC_LOG = DATA / "codec.log"
 
 
 def main(argv: Sequence[str]) -> int:
-    """Exit status: 0, or that of the part that failed."""
+    """Exit status: 0, that of the part that failed, or 130 where it was stopped as asked."""
     began = time.monotonic()
+    try:
+        load_recipe(["recipe=demo", *argv])  # a misspelt setting is told before a corpus is made
+    except RecipeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     print(f"corpus in {DATA}: pictures, films, sounds and speech; English, German, Mandarin")
     if status := corpus.main(CORPUS):  # a corpus that is there already is kept
         return status
     with codec_beside() as codec:
-        status = train(["recipe=demo", *argv]) or codec.wait()
-    if status:
-        if codec.returncode:
+        if status := train(["recipe=demo", *argv], stopped=130):
+            return status
+        if codec.wait():
             print(f"error: the speech codec could not be made: {CODEC_LOG} says why", file=sys.stderr)
-        return status
-    status = train(["recipe=demo_talker", *TALKER_SETTINGS]) or guarded(evaluate.evaluate, SPEECH)
-    if status:
+            return 2
+    if status := train(TEACH, stopped=130) or guarded(evaluate.evaluate, SPEECH):
         return status
     try:
         print(report(THINKER, TALKER))
@@ -68,7 +74,7 @@ def main(argv: Sequence[str]) -> int:
 @contextmanager
 def codec_beside() -> Iterator[subprocess.Popen[bytes]]:
     """Make codec and codes in a process of its own; what is done is kept. It ends with the block at the latest."""
-    command = [sys.executable, "-m", "launch.tour_codec", str(DATA), *CODEC]
+    command = [sys.executable, "-m", "launch.own_codec", str(DATA), *CODEC]
     with CODEC_LOG.open("wb") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
         try:
             yield process

@@ -47,7 +47,8 @@ def voice(argv: Sequence[str]) -> None:
         _must(convert.main(["manifest", str(manifest), str(out / "data"), *media, *words]))
         done.touch()
     _must(codes.main([f"codec={recipe.data.codec}", f"shards={recipe.data.shards[0]}"]))
-    train(recipe)
+    if not train(recipe):
+        raise SystemExit(130)  # the same command goes on; half a voice is not exported
     if not (out / "model").exists():
         export([f"from={recipe.run}", f"to={out / 'model'}"])
     print(f"{given['speaker']}: python -m launch.generate run={recipe.run} speaker={given['speaker']} text=... out=...")

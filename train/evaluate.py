@@ -28,7 +28,7 @@ from data.hashing import permutation
 from data.prompts import Prompt, PromptSet
 from data.tokenizer import Tokenizer
 from train import ranks
-from train.engines import Engine
+from train.engines import Engine, Shard
 from train.recipe import EvalConfig
 
 ANSWER_END = "<|im_end|>"
@@ -135,9 +135,8 @@ class Evaluator:
         mine = torch.zeros(len(chosen), self.config.max_new_tokens, dtype=torch.float64)
         skipped: list[str] = []
         read = torch.zeros(len(chosen), dtype=torch.float64)
-        for turn in range(math.ceil(len(groups) / engine.shard.count)):
-            at = turn * engine.shard.count + engine.shard.index
-            batch, rows = prompts.load(groups[at] if at < len(groups) else [])
+        for group in dealt(groups, engine.shard):
+            batch, rows = prompts.load(group)
             skipped += batch.skipped
             outputs = engine.generate(batch, self.config.max_new_tokens, self.tokenizer.id(ANSWER_END))
             for row, ids in zip(rows, outputs, strict=True):
@@ -164,12 +163,18 @@ class Evaluator:
         chosen = prompts.documents[some_of(len(prompts.documents), self.config.max_samples)].tolist()
         groups = prompts.groups(chosen, self.config.batch_tokens)
         sums = torch.zeros(2, dtype=torch.float64)
-        for turn in range(math.ceil(len(groups) / engine.shard.count)):
-            at = turn * engine.shard.count + engine.shard.index
-            found = engine.eval_step(prompts.whole(groups[at] if at < len(groups) else []))
+        for group in dealt(groups, engine.shard):
+            found = engine.eval_step(prompts.whole(group))
             sums += torch.tensor([found["loss_sum"], found["targets"]], dtype=torch.float64)
         loss, targets = ranks.total(sums).tolist()
         return loss / max(1.0, targets), int(targets)
+
+
+def dealt(groups: Sequence[list[int]], shard: Shard) -> Iterator[list[int]]:
+    """A rank's groups, as many for each rank, empty ones at the end: engines count on all ranks taking part."""
+    for turn in range(math.ceil(len(groups) / shard.count)):
+        at = turn * shard.count + shard.index
+        yield groups[at] if at < len(groups) else []
 
 
 def some_of(count: int, most: int) -> list[int]:

@@ -44,10 +44,13 @@ from train.waveform_config import DECODER_PHASES
 USER_ERRORS = (RecipeError, DataError, ConfigError, CheckpointError, EngineError)
 
 
-def main(argv: Sequence[str]) -> int:
-    """Run a recipe; 0 when it ended or stopped as asked, 2 for an error that the user can cure."""
+def main(argv: Sequence[str], stopped: int = 0) -> int:
+    """Run a recipe; 0 when it ended, 2 for an error that the user can cure.
+
+    `stopped` when it was stopped as asked, by Ctrl-C or SIGTERM: commands that go on after training ask for another.
+    """
     try:
-        train(load_recipe(argv))
+        return 0 if train(load_recipe(argv)) else stopped
     except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -56,11 +59,10 @@ def main(argv: Sequence[str]) -> int:
         return 130
     finally:
         ranks.stop()
-    return 0
 
 
-def train(recipe: Recipe) -> None:
-    """Run every phase that is not done yet. Raises this project's errors."""
+def train(recipe: Recipe) -> bool:
+    """Run every phase that is not done yet; False where it was stopped as asked. Raises this project's errors."""
     device = ranks.choose_device(recipe.engine.device)
     ranks.start(device)
     tokenizer = load_tokenizer(Path(recipe.data.tokenizer))
@@ -120,6 +122,7 @@ def train(recipe: Recipe) -> None:
         resume = "latest"
     if ranks.rank() == 0:
         farewell(folder, stopped)
+    return not stopped
 
 
 def model_config(recipe: Recipe, tokenizer: Tokenizer) -> ThinkerConfig | OmniConfig:
@@ -150,7 +153,8 @@ def restore(
     elif recipe.init is not None:
         weights = open_weights(recipe.init, released_pieces)
         if setup.phase.speech in DECODER_PHASES and not weights.kinds("code2wav.code_embedding.weight"):
-            tqdm.write(f"{recipe.init} has no code2wav: the decoder begins anew")
+            if ranks.rank() == 0:
+                tqdm.write(f"{recipe.init} has no code2wav: the decoder begins anew")
         engine.restore(weights, optimizer_step=0)
 
 

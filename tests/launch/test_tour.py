@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -59,6 +61,34 @@ def test_without_an_evaluation_it_says_which(tmp_path: Path) -> None:
         report(tmp_path, tmp_path)
 
 
+def made(monkeypatch: pytest.MonkeyPatch, status: int) -> list[str]:
+    """A tour whose corpus is there, whose codec ends with a status, and whose training was stopped; what it ran."""
+    ran: list[str] = []
+    monkeypatch.setattr(tour.corpus, "main", lambda argv: 0)
+    monkeypatch.setattr(tour, "codec_beside", lambda: nullcontext(SimpleNamespace(wait=lambda: status)))
+    monkeypatch.setattr(tour, "train", lambda argv, stopped: ran.append(argv[0]) or stopped * (status == 0))
+    return ran
+
+
+def test_it_ends_where_training_was_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = made(monkeypatch, 0)
+    assert tour.main([]) == 130 and ran == ["recipe=demo"], "no Talker is taught by half a Thinker"
+
+
+def test_a_codec_that_failed_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    ran = made(monkeypatch, 2)
+    assert tour.main([]) == 2 and ran == ["recipe=demo"]
+    assert (
+        capsys.readouterr().err == "error: the speech codec could not be made: outputs/demo_data/codec.log says why\n"
+    )
+
+
+def test_a_misspelt_setting_is_told_first(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(tour.corpus, "main", lambda argv: pytest.fail("a corpus was made"))
+    assert tour.main(["optim.lrr=1"]) == 2
+    assert capsys.readouterr().err == "error: unknown setting 'optim.lrr', did you mean 'optim.lr'?\n"
+
+
 @pytest.mark.slow
 def test_the_whole_tour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Every part with its real settings but for their sizes; a second call finds everything done."""
@@ -80,7 +110,7 @@ def test_the_whole_tour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     monkeypatch.setattr(
         tour, "CODEC", ["codebooks=6", "codebook_size=256", "vocoder_steps=3", "max_seconds=150", "answers=1"]
     )
-    monkeypatch.setattr(tour, "TALKER_SETTINGS", ["phases.speech.steps=3"])
+    monkeypatch.setattr(tour, "TEACH", [*tour.TEACH, "phases.speech.steps=3"])
     settings = [f"phases.{name}.steps=2" for name in ("audio_encoder", "alignment", "pretraining")]
     assert tour.main(settings) == 0
     said = capsys.readouterr().out

@@ -77,6 +77,15 @@ def test_a_list_of_recordings(run: Path, recordings: Path, tmp_path: Path) -> No
     assert make(run, recordings / "list.jsonl", tmp_path / "cat", "language=en") == 0
 
 
+def test_half_a_voice_is_not_exported(
+    run: Path, recordings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launch.voice.train", lambda recipe: False)  # stopped by Ctrl-C
+    with pytest.raises(SystemExit) as ended:
+        make(run, recordings, tmp_path / "cat")
+    assert ended.value.code == 130 and not (tmp_path / "cat" / "model").exists()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -112,6 +112,14 @@ def test_a_stopped_run_goes_on_exactly(stop: int, folder: Path, unbroken: Path, 
     assert [line["loss"] for line in lines(tmp_path / "run")] == [line["loss"] for line in lines(unbroken)]
 
 
+def test_who_goes_on_after_training_learns_that_it_was_stopped(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("train.main.fit", lambda *_: True)  # as after Ctrl-C
+    assert main(settings(folder, tmp_path / "run")) == 0
+    assert main(settings(folder, tmp_path / "run"), stopped=130) == 130
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
