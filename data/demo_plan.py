@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator, Set
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from data.chat import transcription
@@ -18,7 +18,7 @@ from data.demo_small import KNOWN_TASKS, VOICES
 from data.demo_spoken import read_aloud
 from data.demo_studio import Medium, Studio, heldout
 from data.demo_tasks import TASKS
-from data.demo_utterances import Utterance, jumble, plan_utterances
+from data.demo_utterances import Utterance, plan_utterances
 from data.demo_words import LANGUAGES
 from data.errors import DataError
 from data.sample import SampleRecord
@@ -108,10 +108,9 @@ def _counts(settings: Settings) -> dict[str, int]:
 def _counted(settings: Settings, task: str, clips: int) -> dict[str, list[Planned]]:
     """The samples of a task of counted animals, by split: transcribed, or read aloud by named speakers."""
     utterances = plan_utterances(clips, settings.heldout, settings.languages, settings.seed)
-    unheard = {utterance.speech.text for utterance in utterances if utterance.split == "sentences"}
     found: dict[str, list[Planned]] = {}
     for utterance in utterances:
-        made = _transcribed(utterance) if task == "transcription" else _aloud(utterance, settings, unheard)
+        made = _transcribed(utterance) if task == "transcription" else _aloud(utterance, settings)
         found.setdefault(utterance.split, []).append(made)
     return found
 
@@ -128,14 +127,10 @@ def _transcribed(utterance: Utterance) -> Planned:
     return Planned(record, {"flac": Medium(utterance.speech, 0)})
 
 
-def _aloud(utterance: Utterance, settings: Settings, unheard: Set[str]) -> Planned:
-    """A sentence, or in two of three training samples words in any order, else a Talker learns sentences by heart."""
+def _aloud(utterance: Utterance, settings: Settings) -> Planned:
     split, language, number = utterance.key.split("-")
     studio = Studio(settings.seed, f"{split} aloud", int(number), language, settings.languages)
-    text = utterance.speech.text
-    if split == "train" and studio.rng.random() < 2 / 3:
-        text = studio.until(lambda: jumble(language, studio.rng, unheard))
-    messages = read_aloud(studio, text, VOICES)
+    messages = read_aloud(studio, utterance.speech.text, VOICES)
     key = f"{split}-animals_aloud-{language}-{number}"
     record = SampleRecord(key, messages, language=language, source="animals_aloud", speaker=studio.speaker)
     return Planned(record, studio.media)

@@ -1,6 +1,6 @@
 """Tasks of a small world, which a tiny model masters in minutes on a laptop: what `make demo` learns.
 
-    picture of one of 12 things, a sound, or a film of one thing  x  question in text or speech  --> answer
+    picture of one or two of 12 things, a sound, or a film of one thing  x  question in text or speech  --> answer
 
 The languages, voices and drawing are the whole corpus' (data.demo_studio); only there is less to know. There are so few
 scenes that holding some out would teach that they are never true: those of `scenes` are drawn anew, with other sizes,
@@ -24,12 +24,13 @@ THINGS = tuple(
     for colour in ("red", "blue", "yellow", "black")
 )
 SIDES = PLACES[:2]
+SHARE_OF_TWO = 0.3  # of pictures
 VOICES = ("f1", "m1")
 
 
 def picture_told(studio: Studio) -> list[dict]:
-    """A picture told in text: the thing and where it is, which teaches more than a word does."""
-    picture, _, _ = _picture(studio)
+    """A picture told in text: each thing and where it is, which teaches more than a word does."""
+    picture = _things(studio)
     return studio.ask([studio.show(picture)], [write(studio.words.describe)], caption(studio, picture))
 
 
@@ -104,11 +105,21 @@ KNOWN_TASKS = TASKS | SPOKEN | SMALL
 
 
 def _picture(studio: Studio) -> tuple[Picture, str, str]:
-    """A picture, a question about it, and the answer, a word."""
-    place, thing = studio.rng.choice(SIDES), studio.rng.choice(THINGS)
+    """A picture of a thing, or of two, a question about one, and the answer, a word.
+
+    Where there is one thing alone, an answer needs no place: two make a model look where it is asked to.
+    """
+    picture = _things(studio)
+    place, thing = studio.rng.choice(picture.things)
     kind = studio.rng.choice(("colour_at", "shape_at"))
     answer = studio.words.colour(thing.colour) if kind == "colour_at" else studio.words.shape(thing.shape)
-    return Picture(((place, thing),)), studio.words.say(kind, place=place), answer
+    return picture, studio.words.say(kind, place=place), answer
+
+
+def _things(studio: Studio) -> Picture:
+    """A thing on one side, or on both."""
+    sides = SIDES if studio.rng.random() < SHARE_OF_TWO else (studio.rng.choice(SIDES),)
+    return Picture(tuple((side, studio.rng.choice(THINGS)) for side in sides))
 
 
 def _sound(studio: Studio) -> tuple[Sounds, str]:

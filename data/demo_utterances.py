@@ -9,8 +9,7 @@ stranger and on unheard sentences.
 from __future__ import annotations
 
 import itertools
-import random
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,11 +73,3 @@ def _plan_language(clips: int, heldout: int, language: str, seed: int) -> list[U
             instruction = INSTRUCTIONS[int(rng.integers(len(INSTRUCTIONS)))]
             utterances.append(Utterance(f"{split}-{language}-{i:06d}", split, language, speech, instruction))
     return utterances
-
-
-def jumble(language: str, rng: random.Random, unheard: Set[str]) -> str | None:
-    """Two or three words and phrases of counted animals in any order; None where they hold an unheard sentence."""
-    grammar = GRAMMARS[language]
-    pieces = rng.choices([*grammar.words(), *grammar.phrases()], k=rng.randint(2, 3))
-    text = (" " if " " in grammar.sentence else "").join(pieces)
-    return None if any(sentence in text for sentence in unheard) else text

@@ -29,9 +29,10 @@ CONTROL_TOKENS = (ENDOFTEXT, IM_START, IM_END, *VISION, AUDIO_START, AUDIO_END, 
 ROLES = ("system", "user", "assistant")
 TEMPLATE_VERSION = 1  # raise whenever data.chat turns the same messages into other tokens
 
-# How Qwen cuts text before BPE: contractions, words, single digits, punctuation, line ends, spaces.
+# How Qwen cuts text before BPE: contractions, words, single digits, punctuation, line ends, spaces. Beyond that Han
+# characters stand alone: no spaces part Chinese words, and merges learnt from few sentences join what no other has.
 _SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|\p{Han}|[^\r\n\p{L}\p{N}]?(?:(?!\p{Han})\p{L})+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _CHAT_TEMPLATE = (

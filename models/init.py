@@ -23,6 +23,7 @@ from models.omni_config import Code2WavConfig, OmniConfig, TalkerConfig
 
 Rule = Callable[[Tensor, torch.Generator, float], None]
 HEAD_LOGIT_STD = 0.5  # at inputs of unit variance: 0.12 nats above the loss of a uniform guess
+TEXT_GAIN = 10.0  # of the Talker's text: SiLU halves what is small, and it is to be heard beside a frame of many codes
 BRANCH_GAIN = 0.1  # of residual branches and of the waveform, which must not saturate
 
 
@@ -47,6 +48,11 @@ def _gelu_conv(weight: Tensor, generator: torch.Generator, scale: float) -> None
 def _linear(weight: Tensor, generator: torch.Generator, scale: float) -> None:
     """Keeps the variance of features whatever their width. Linear maps and convolutions: [out, in, ...]."""
     weight.normal_(0.0, 1.0 / math.sqrt(weight[0].numel()), generator=generator)
+
+
+def _text(weight: Tensor, generator: torch.Generator, scale: float) -> None:
+    """Makes text louder than the frame it is added to; much more quiet than that it is learnt late (docs/log.md)."""
+    weight.normal_(0.0, TEXT_GAIN / math.sqrt(weight[0].numel()), generator=generator)
 
 
 def _branch(weight: Tensor, generator: torch.Generator, scale: float) -> None:
@@ -94,7 +100,8 @@ RULES: tuple[tuple[str, Rule], ...] = (
     (_LAYER + r"mlp\.(shared_expert\.)?(gate|up|down)_proj\.weight", _normal),
     (_DECODER + r"norm\.weight", _ones),
     (r"(lm_head|talker\.codec_head|talker\.code_predictor\.lm_head\.\d+)\.weight", _head),
-    (r"talker\.(text|hidden)_projection\.linear_fc[12]\.weight", _linear),
+    (r"talker\.(text_projection\.linear_fc1|hidden_projection\.linear_fc[12])\.weight", _linear),
+    (r"talker\.text_projection\.linear_fc2\.weight", _text),
     (r"talker\.(text|hidden)_projection\.linear_fc[12]\.bias", _zeros),
     (r"audio_tower\.conv2d[123]\.weight", _gelu_conv),
     (r"audio_tower\.(conv_out|proj1|proj2)\.weight", _linear),

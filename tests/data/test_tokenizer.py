@@ -56,6 +56,12 @@ def test_ids_are_dense_and_learned_words_are_single_tokens() -> None:
     assert len(TOKENIZER.encode("77")) == 2  # digits stay apart, as in Qwen
 
 
+def test_no_token_joins_han_characters() -> None:
+    """Sentences of a few words would teach merges that unseen sentences do not have."""
+    tokenizer = train_tokenizer(["三只红狗dogs狗", "两只白猫"] * 9, 400)
+    assert [tokenizer.decode([token]) for token in tokenizer.encode("两只红猫dogs狗")] == [*"两只红猫", "dogs", "狗"]
+
+
 @pytest.mark.parametrize("vocab_size", [274, 275, 290, 400, 5000])
 @pytest.mark.parametrize(
     "texts", [[], TEXTS, ["user\nassistant\n"] * 9 + TEXTS, [" ".join(ROLES), "systematic users"] * 5]

@@ -53,7 +53,7 @@ def test_a_bar_that_is_missed_is_said(tmp_path: Path) -> None:
     text = report(*make_runs(tmp_path / "bad", "a knock", "blue"))
     assert text.count(": missed") == 2
     assert "worst 0.0%; the bar is above 90%: missed" in text
-    assert "answers and words, worst 100.0%; the bar is below 20%: missed" in text
+    assert "  worst 100.0%; the bar is below 20%: missed" in text
 
 
 def test_without_an_evaluation_it_says_which(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def test_every_parameter_of_the_whole_model_is_set():
         elif "norm" in name or "ln_" in name:
             assert bool((p == 1.0).all()), name
         else:
-            assert bool(p.isfinite().all()) and 1e-3 < p.std() < 1.5, name
+            assert bool(p.isfinite().all()) and 1e-3 < p.std() < 3.0, name
 
 
 def test_a_part_starts_the_same_alone_and_in_the_whole():
@@ -86,6 +86,17 @@ def test_a_part_starts_the_same_alone_and_in_the_whole():
         init_weights(alone, 4)
         found = dict(getattr(model, part).named_parameters())
         assert all(torch.equal(p, found[name]) for name, p in alone.named_parameters())
+
+
+@pytest.mark.parametrize("initializer_range", [0.02, 0.2])
+def test_the_talker_hears_text_beside_frames(initializer_range):
+    """Text much more quiet than the frame it is added to is learnt late: unseen sentences are misread."""
+    model = whole(6, initializer_range=initializer_range)
+    codes_GN = torch.arange(50).repeat(model.talker.config.num_code_groups, 1) % 16
+    with torch.no_grad():
+        text_ND = model.talker.text_projection(model.thinker.model.embed_tokens.weight[:50])
+        frames_ND = model.talker.embed_frames(codes_GN)
+    assert 1.0 < text_ND.std() / frames_ND.std() < 4.0
 
 
 @pytest.mark.parametrize("initializer_range", [0.02, 0.2])
