@@ -223,7 +223,7 @@ def scan(corpus: Corpus, measure: Measure, groups: Sequence[Group] | None) -> Ta
     if found.first and settings.too_long == "error":
         raise DataError(
             f"{found.first}, above data.sequence_length={settings.sequence_length} (as are {found.long} samples of "
-            f"{corpus.num_samples}); raise data.sequence_length or set data.too_long=drop or split"
+            f"{corpus.num_samples}); raise data.sequence_length, or the phase's own, or set data.too_long=drop or split"
         )
     if found.silent and found.silent == found.taking_part:
         command = (ShardPairs if corpus.pairs else ShardCodes).command.format(tar="...")

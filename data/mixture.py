@@ -150,8 +150,9 @@ class Shares:
         for source, tokens in by_source.items():
             if not tokens and mixture.weights:
                 raise DataError(
-                    f'{setting}: every sample of source "{source}" is too long; raise data.sequence_length or set '
-                    f"{setting}.weights.{source}=0 (where speech is trained: or has no speech codes)"
+                    f'{setting}: every sample of source "{source}" is too long; raise data.sequence_length, '
+                    f"or the phase's own, or set {setting}.weights.{source}=0 "
+                    "(where speech is trained: or has no speech codes)"
                 )
         if not any(by_source.values()):
             raise DataError(

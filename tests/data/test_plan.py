@@ -173,7 +173,7 @@ def test_too_long_stops_with_one_line() -> None:
         plan.dropped  # noqa: B018
     assert str(caught.value) == (
         "shard-0.tar:k1: 103 tokens, above data.sequence_length=100 (as are 2 samples of 4); "
-        "raise data.sequence_length or set data.too_long=drop or split"
+        "raise data.sequence_length, or the phase's own, or set data.too_long=drop or split"
     )
 
 
