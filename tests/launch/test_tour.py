@@ -90,6 +90,7 @@ def test_a_misspelt_setting_is_told_first(monkeypatch: pytest.MonkeyPatch, capsy
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_the_whole_tour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Every part with its real settings but for their sizes; a second call finds everything done."""
     pytest.importorskip("espeakng_loader", reason="espeak-ng (the optional extra demo) is absent")
@@ -111,7 +112,7 @@ def test_the_whole_tour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
         tour, "CODEC", ["codebooks=6", "codebook_size=256", "vocoder_steps=3", "max_seconds=150", "answers=1"]
     )
     monkeypatch.setattr(tour, "TEACH", [*tour.TEACH, "phases.speech.steps=3"])
-    settings = [f"phases.{name}.steps=2" for name in ("audio_encoder", "alignment", "pretraining")]
+    settings = [f"phases.{name}.steps=2" for name in ("encoders", "alignment", "pretraining")]
     assert tour.main(settings) == 0
     said = capsys.readouterr().out
     assert "understanding: word error rate" in said and said.count("-speech.wav") >= 5 and "took" in said
