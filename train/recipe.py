@@ -266,6 +266,7 @@ def typed(plain: DictConfig, values: Iterable[tuple[str, str]], where: str) -> R
         OmegaConf.set_struct(plain, False)
         merged = plain.copy()
         for key, value in values:  # a value replaces what was there, dictionaries and lists too
+            _require_phase(key, merged)
             given = OmegaConf.select(OmegaConf.from_dotlist([f"{key}={value}"]), key)
             OmegaConf.update(merged, key, given, merge=False)
         defaults = {"run": Recipe.run} if "run" not in merged else {}
@@ -275,6 +276,16 @@ def typed(plain: DictConfig, values: Iterable[tuple[str, str]], where: str) -> R
     recipe = build(Recipe, resolved)
     _validate(recipe)
     return recipe
+
+
+def _require_phase(key: str, merged: DictConfig) -> None:
+    """Raise RecipeError for a setting of a phase that there is not: it would train as a new one, after the others."""
+    parent, _, rest = key.partition(".")
+    name, _, setting = rest.partition(".")
+    phases = merged.get("phases")
+    if parent == "phases" and setting and isinstance(phases, DictConfig) and name not in phases:
+        known = [str(phase) for phase in phases]
+        raise RecipeError(f"unknown phase in {key}{nearest(name, known)}; phases.{name}={{steps: ...}} adds one")
 
 
 def as_yaml(recipe: Recipe) -> str:

@@ -47,6 +47,7 @@ def test_overrides_reach_their_place_with_their_type() -> None:
         (["recipe=transcribe", "engine=deepsped"], "unknown engine=deepsped, did you mean 'deepspeed'?"),
         (["recipe=transcribe", "engine.name=megatron"], "engine.name=megatron"),
         (["recipe=transcribe", "phases.all.stps=3"], "unknown setting phases.all.stps, did you mean 'steps'?"),
+        (["recipe=demo", "phases.encoder.steps=3"], "unknown phase in phases.encoder.steps, did you mean 'encoders'?"),
         (["recipe=transcribe", "phases.all.steps=0"], "phases.all.steps=0: it must be at least 1"),
         (["recipe=transcribe", "seed=abc"], "seed: expected a whole number, got 'abc'"),
         (["recipe=transcribe", "optim=3"], "optim: expected settings, got 3"),
