@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.code2wav import Code2Wav
-from models.init import RULES, init_weights
+from models.init import RULES, TEXT_GAIN, init_weights
 from models.omni import Omni
 from models.positions import text_audio_positions
 from models.talker import Talker
@@ -75,8 +75,10 @@ def test_every_parameter_of_the_whole_model_is_set():
             assert bool((p == torch.tensor(special.get(last, 0.0))).all()), name
         elif "norm" in name or "ln_" in name:
             assert bool((p == 1.0).all()), name
+        elif name == "talker.text_projection.linear_fc2.weight":
+            assert p.std().item() == pytest.approx(TEXT_GAIN / math.sqrt(p.shape[1]), rel=0.1)
         else:
-            assert bool(p.isfinite().all()) and 1e-3 < p.std() < 3.0, name
+            assert bool(p.isfinite().all()) and 1e-3 < p.std() < 1.5, name
 
 
 def test_a_part_starts_the_same_alone_and_in_the_whole():
