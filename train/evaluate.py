@@ -137,8 +137,10 @@ class Evaluator:
         read = torch.zeros(len(chosen), dtype=torch.float64)
         for group in dealt(groups, engine.shard):
             batch, rows = prompts.load(group)
-            skipped += batch.skipped
             outputs = engine.generate(batch, self.config.max_new_tokens, self.tokenizer.id(ANSWER_END))
+            if not engine.shard.leads:
+                continue
+            skipped += batch.skipped
             for row, ids in zip(rows, outputs, strict=True):
                 place = chosen.index(row)
                 read[place] = 1
@@ -165,7 +167,8 @@ class Evaluator:
         sums = torch.zeros(2, dtype=torch.float64)
         for group in dealt(groups, engine.shard):
             found = engine.eval_step(prompts.whole(group))
-            sums += torch.tensor([found["loss_sum"], found["targets"]], dtype=torch.float64)
+            if engine.shard.leads:
+                sums += torch.tensor([found["loss_sum"], found["targets"]], dtype=torch.float64)
         loss, targets = ranks.total(sums).tolist()
         return loss / max(1.0, targets), int(targets)
 

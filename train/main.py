@@ -15,6 +15,7 @@ from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from data.errors import DataError
@@ -91,12 +92,13 @@ def train(recipe: Recipe) -> bool:
             course = cached_course(course, recipe, span, model, manifest)
         for line in course.about():
             tell(line)
-        setup = EngineSetup(model, recipe.engine, recipe.optim, recipe.loss, span.phase, span.name, recipe.seed, device)
+        setup = engine_setup(recipe, model, span, device)
         engine = build_engine(setup)
         restore(engine, recipe, setup, manifest, optimizer_step=step - span.start)
         if manifest is not None:
             tell(f"resumed at step {step} from {manifest.folder}")
-        run = open_run(recipe, folder, setup, span, manifest, evaluator, feed, course)
+        sharing = ranks.world() // engine.shard.count
+        run = open_run(recipe, folder, setup, span, manifest, evaluator, feed, course, sharing)
         run.listen()
         with closing(run), closing(engine):
             batches = stream(
@@ -143,6 +145,13 @@ def model_config(recipe: Recipe, tokenizer: Tokenizer) -> ThinkerConfig | OmniCo
     return OmniConfig(thinker, recipe.model.talker, recipe.model.code2wav, **joining_ids(tokenizer))
 
 
+def engine_setup(recipe: Recipe, model: ThinkerConfig | OmniConfig, span: Span, device: torch.device) -> EngineSetup:
+    """What a phase's engine is built from."""
+    longest = span.phase.sequence_length or recipe.data.sequence_length
+    parts = recipe.engine, recipe.optim, recipe.loss, span.phase, span.name, recipe.seed, device
+    return EngineSetup(model, *parts, sequence_length=longest)
+
+
 def restore(
     engine: Engine, recipe: Recipe, setup: EngineSetup, manifest: Manifest | None, *, optimizer_step: int
 ) -> None:
@@ -167,8 +176,12 @@ def open_run(
     evaluator: Evaluator,
     feed: Feed,
     course: Course,
+    sharing: int,
 ) -> Run:
-    """Meters and writer of a phase. The writer's memory is allocated at the first save."""
+    """Meters and writer of a phase. The writer's memory is allocated at the first save.
+
+    `sharing` ranks work on the same packs.
+    """
     step = manifest.step if manifest else 0
     model = setup.thinker
     meters = Meters(
@@ -176,7 +189,7 @@ def open_run(
         recipe.log,
         start_step=step,
         end_step=min(span.stop, recipe.max_steps or span.stop),
-        flops=lambda batch: training_flops(model, batch.doc_lengths, batch.mel_lengths, batch.grids),
+        flops=lambda batch: training_flops(model, batch.doc_lengths, batch.mel_lengths, batch.grids) // sharing,
         # of the Thinker whole: phases with speech run other parts, and have no utilisation to show
         peak_flops=peak_flops(setup.device) if setup.phase.speech == "off" else 0.0,
         num_skipped=manifest.info["counters"]["skipped"] if manifest else 0,

@@ -58,14 +58,19 @@ def is_decayed(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim >= 2 and "embed_tokens" not in name
 
 
+def group_of(name: str, parameter: nn.Parameter, optim: OptimConfig) -> tuple[float, bool]:
+    """Learning-rate multiplier of a parameter, and whether it is decayed."""
+    scale = next((s for pattern, s in optim.lr_scale.items() if fnmatch.fnmatchcase(name, pattern)), 1.0)
+    return scale, is_decayed(name, parameter)
+
+
 def param_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
     """Groups for AdamW: name, params, weight_decay, lr, lr_scale; they cover every trainable parameter once."""
     groups: dict[tuple[float, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        scale = next((s for pattern, s in optim.lr_scale.items() if fnmatch.fnmatchcase(name, pattern)), 1.0)
-        decay = is_decayed(name, parameter)
+        scale, decay = group_of(name, parameter, optim)
         group = groups.setdefault(
             (scale, decay),
             {

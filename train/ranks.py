@@ -41,6 +41,15 @@ def start(device: torch.device) -> None:
         dist.init_process_group(backend, timeout=timedelta(minutes=10))
 
 
+def ensure_group(device: torch.device) -> None:
+    """A process group also for one process without torchrun: sharded engines want one."""
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+    os.environ.setdefault("LOCAL_RANK", "0")
+
+
 def stop() -> None:
     """Leave the process group."""
     if dist.is_initialized():

@@ -118,7 +118,7 @@ class EngineConfig:
     """What runs the optimizer step."""
 
     name: str = "local"
-    """local (one process) or deepspeed."""
+    """local (one process), deepspeed or megatron."""
     device: str = "auto"
     """auto, cpu or cuda."""
     precision: str = "fp32"
@@ -126,7 +126,26 @@ class EngineConfig:
     zero: int = 2
     """deepspeed: ZeRO stage 1, 2 or 3."""
     ep: int = 1
-    """deepspeed: expert parallel degree; must divide the experts and the processes."""
+    """deepspeed, megatron: expert parallel degree; must divide the experts and the processes."""
+    tp: int = 1
+    """megatron: tensor parallel degree, always with sequence parallelism; must divide the heads."""
+    pp: int = 1
+    """megatron: pipeline stages."""
+    cp: int = 1
+    """megatron: context parallel degree: ranks that share a pack's tokens."""
+    expert_tp: int = 1
+    """megatron: tensor parallel degree of the experts."""
+    interleave: int = 1
+    """megatron: model chunks of a rank in the interleaved pipeline schedule; 1 is 1F1B."""
+    media_share: float = 0.25
+    """megatron: of a pack's tokens, how many are thought to be media when layers are dealt to pipeline stages: the
+    first stage has the encoders too, and gets so many layers fewer."""
+    dispatcher: str = "alltoall"
+    """megatron: alltoall, or deepep where that package is installed."""
+    transformer_engine: bool = False
+    """megatron: linear maps and norms of TransformerEngine, where that package is installed."""
+    overlap: bool = False
+    """megatron: reduce gradients while the backward goes on."""
     offload: bool = False
     """deepspeed: optimizer state in host memory."""
     share_encoders: bool = True
@@ -134,6 +153,8 @@ class EngineConfig:
     activations of a whole step are held then; false encodes micro-batch by micro-batch, each rank its own."""
     recompute: bool = False
     """Recompute the experts' activations in backward instead of keeping them."""
+    recompute_layers: bool = False
+    """megatron: recompute whole decoder layers in backward."""
     threads: int = 0
     """CPU threads of a process; 0 leaves torch's choice."""
 
@@ -323,7 +344,8 @@ def _check_decoder(where: str, recipe: Recipe) -> None:
 
 def _validate(recipe: Recipe) -> None:
     """What types cannot say. Checks that need other parts (tokenizer, ranks) live with those parts."""
-    _one_of("engine.name", recipe.engine.name, ("local", "deepspeed"))
+    _one_of("engine.name", recipe.engine.name, ("local", "deepspeed", "megatron"))
+    _one_of("engine.dispatcher", recipe.engine.dispatcher, ("alltoall", "deepep"))
     _one_of("engine.device", recipe.engine.device, ("auto", "cpu", "cuda"))
     _one_of("engine.precision", recipe.engine.precision, ("fp32", "bf16"))
     _one_of("optim.schedule", recipe.optim.schedule, ("cosine", "wsd"))

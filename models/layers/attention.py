@@ -97,7 +97,11 @@ def attend(q_THC: Tensor, k_TGC: Tensor, v_TGC: Tensor, segments: Segments, *, c
     """
     if not segments.lengths:
         return q_THC + (k_TGC.sum() + v_TGC.sum())  # empty, and gradients are zero rather than None
-    if q_THC.is_cuda and q_THC.dtype in (torch.bfloat16, torch.float16) and (varlen_attn := _varlen()) is not None:
+    if (
+        q_THC.is_cuda
+        and q_THC.dtype in (torch.bfloat16, torch.float16)
+        and (varlen_attn := varlen_kernel()) is not None
+    ):
         bounds, longest = segments.bounds, max(segments.lengths)
         window = (-1, 0) if causal else (-1, -1)
         grouped = q_THC.shape[1] != k_TGC.shape[1]
@@ -109,7 +113,7 @@ def attend(q_THC: Tensor, k_TGC: Tensor, v_TGC: Tensor, segments: Segments, *, c
     return out_THC if segments.back_T is None else out_THC.index_select(0, segments.back_T)
 
 
-def _varlen() -> Any:
+def varlen_kernel() -> Any:
     """torch's kernel for packed sequences, CUDA only; None in older releases. Imported late: it takes seconds."""
     try:
         from torch.nn.attention.varlen import varlen_attn

@@ -37,6 +37,11 @@ class _Linear32(torch.autograd.Function):
         return (grad_TE @ weight_ED.float()).to(x_TD.dtype), (grad_TE.t() @ x_TD.float()).to(weight_ED.dtype)
 
 
+def linear32(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+    """x [T, D] of any float dtype, weight [E, D] -> float32 [T, E]."""
+    return _Linear32.apply(x_TD, weight_ED)
+
+
 class Gate(nn.Module):
     """The router's linear map, in fp32 whatever the model's dtype."""
 
@@ -46,7 +51,7 @@ class Gate(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """x [T, D] -> router logits float32 [T, E]."""
-        return _Linear32.apply(x_TD, self.weight)
+        return linear32(x_TD, self.weight)
 
 
 class MoE(nn.Module):

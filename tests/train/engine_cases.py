@@ -19,7 +19,7 @@ from models.audio_encoder import num_audio_tokens
 from models.config import AudioConfig, TextConfig, ThinkerConfig, VisionConfig
 from models.vision_encoder import num_vision_tokens
 from train import ranks
-from train.engines import MOMENTS, VALUE, WEIGHT, Engine
+from train.engines import MOMENTS, VALUE, WEIGHT, Engine, Shard
 from train.engines.build import build_engine
 from train.engines.setup import EngineSetup
 from train.errors import EngineError
@@ -114,13 +114,13 @@ def pack(step: int, indices: Sequence[int]) -> Batch:
     )
 
 
-def microbatches(step: int, whole: bool = False) -> list[Batch]:
-    """What this rank reads of a step's global batch: one process all of it, two their halves, four every other pack."""
-    split, world = WHOLE if whole else SPLITS[step % len(SPLITS)], ranks.world()
-    if world == 1:
+def microbatches(step: int, shard: Shard, whole: bool = False) -> list[Batch]:
+    """What a rank reads of a step's global batch: one data rank all of it, two their halves, four every other pack."""
+    split = WHOLE if whole else SPLITS[step % len(SPLITS)]
+    if shard.count == 1:
         return [pack(step, indices) for half in split for indices in half]
-    stride = world // 2
-    mine = split[ranks.rank() % 2][ranks.rank() // 2 :: stride]
+    stride = shard.count // 2
+    mine = split[shard.index % 2][shard.index // 2 :: stride]
     most = -(-max(len(half) for half in split) // stride)
     return [pack(step, indices) for indices in (*mine, *[()] * (most - len(mine)))]
 
@@ -130,7 +130,7 @@ def train(engine: Engine, first: int, last: int, whole: bool = False) -> list[li
     lr = engine.setup.optim.lr  # type: ignore[attr-defined]
     rows = []
     for step in range(first, last):
-        stats = engine.train_step(microbatches(step, whole), lr)
+        stats = engine.train_step(microbatches(step, engine.shard, whole), lr)
         row = [stats.loss, stats.balance_loss, stats.grad_norm, stats.num_tokens, stats.num_targets, stats.num_skipped]
         rows.append(row + stats.expert_shares[SHARE].flatten().tolist())
     return rows
@@ -212,10 +212,10 @@ def look(engine: Engine) -> dict[str, Any]:
     """Evaluation and greedy answers: sums over ranks, answers to this rank's documents. Rank 0 first has none."""
     sums, answers = torch.zeros(3), []
     for parts in (((), (2, 6, 0)), ((1, 3), (4,))):
-        mine = (*parts, (), ())[ranks.rank()] if ranks.world() > 1 else parts[0] + parts[1]
+        mine = (*parts, (), ())[engine.shard.index] if engine.shard.count > 1 else parts[0] + parts[1]
         batch = pack(77, mine)
         seen = engine.eval_step(batch)
-        sums += torch.tensor([seen[key] for key in ("loss_sum", "targets", "correct")])
+        sums += engine.shard.leads * torch.tensor([seen[key] for key in ("loss_sum", "targets", "correct")])
         answers += engine.generate(batch, 5, stop_id=1)
     return {"sums": ranks.total(sums).tolist(), "answers": answers}
 
@@ -296,7 +296,7 @@ def refusals() -> list[list[str]]:
         messages = []
         for kind in ("loss", "gradient"):
             engine = build_engine(setup("deepspeed", zero, ep))
-            before, batches = gather(engine), microbatches(2)
+            before, batches = gather(engine), microbatches(2, engine.shard)
             if ranks.rank() == 0 and kind == "loss":
                 batches[0].mel_FM[0, 0] = torch.nan
             if kind == "gradient":

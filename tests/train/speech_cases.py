@@ -44,7 +44,7 @@ def config() -> OmniConfig:
     thinker = TextConfig(64, 32, 2, 4, 2, 8, mrope_section=(2, 1, 1), **moe)
     audio = AudioConfig(16, 1, 2, 32, output_dim=32, downsample_hidden_size=8, num_mel_bins=MELS)
     moe = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 8}
-    talker = TextConfig(CODES + 20, 16, 2, 2, 1, 8, mrope_section=(2, 1, 1), shared_expert_intermediate_size=8, **moe)
+    talker = TextConfig(CODES + 20, 16, 2, 4, 2, 8, mrope_section=(2, 1, 1), shared_expert_intermediate_size=8, **moe)
     predictor = CodePredictorConfig(CODES, 16, 16, 1, 2, 1, 8, num_code_groups=GROUPS)
     names = ("pad_id", "bos_id", "eos_token_id", "nothink_id", "think_bos_id", "think_eos_id")
     controls = {f"codec_{name}": CODES + place for place, name in enumerate(names)}
@@ -133,7 +133,7 @@ def train(engine: Engine, first: int = 0, last: int = STEPS) -> list[list[float]
     way = engine.setup.phase.speech  # type: ignore[attr-defined]
     for step in range(first, last):
         halves = SPLITS[step % len(SPLITS)]
-        mine = halves[ranks.rank()] if ranks.world() > 1 else halves[0] + halves[1]
+        mine = halves[engine.shard.index] if engine.shard.count > 1 else halves[0] + halves[1]
         packs = [pack(step, indices, way) for indices in mine]
         packs = [cached(pack, omni) for pack in packs] if way == "cached" else packs
         stats = engine.train_step(packs, LINEAR["lr"])

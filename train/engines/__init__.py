@@ -35,6 +35,8 @@ class Shard:
 
     index: int
     count: int
+    leads: bool = True
+    """Whether of the ranks that read this slice it is the one whose samples and answers are counted."""
 
 
 @dataclass(frozen=True)

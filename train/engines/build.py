@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
+from importlib.util import find_spec
+
 import torch
 
 from train import ranks
 from train.engines import Engine
 from train.engines.setup import EngineSetup
+from train.errors import EngineError
+from train.parallel import Layout, check_layout, check_sequence
+
+UNKNOWN_TO_MEGATRON = ("preference", "waveform", "adversarial")
 
 
 def build_engine(setup: EngineSetup) -> Engine:
-    """The engine that `engine.name` asks for."""
+    """The engine that `engine.name` asks for. Degrees that cannot be are refused before a model is made."""
     if setup.engine.threads:
         torch.set_num_threads(setup.engine.threads)
     ranks.start(setup.device)
@@ -18,6 +25,33 @@ def build_engine(setup: EngineSetup) -> Engine:
         from train.engines.deepspeed import DeepSpeedEngine
 
         return DeepSpeedEngine(setup)
+    if setup.engine.name == "megatron":
+        return _megatron(setup)
     from train.engines.local import LocalEngine
 
     return LocalEngine(setup)
+
+
+def layout_of(setup: EngineSetup) -> Layout:
+    """The settings that decide what lies where."""
+    engine = setup.engine
+    names = "name precision zero ep tp pp cp expert_tp interleave recompute recompute_layers offload".split()
+    return Layout(world=ranks.world(), **{name: getattr(engine, name) for name in names})
+
+
+def _megatron(setup: EngineSetup) -> Engine:
+    layout = layout_of(setup)
+    check_layout(setup.model, layout)
+    if setup.sequence_length:
+        check_sequence(layout, setup.sequence_length)
+    if setup.phase.speech in UNKNOWN_TO_MEGATRON:
+        raise EngineError(
+            f"phases.{setup.phase_name}.speech={setup.phase.speech}: engine.name=megatron cannot; take deepspeed or "
+            "local for this phase, checkpoints go on under any engine"
+        )
+    if find_spec("megatron") is None:
+        raise EngineError("engine.name=megatron needs the package: pip install 'omniloom[megatron]'")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that TransformerEngine and apex are not there: a setting asks for them
+        from train.engines.megatron.engine import MegatronEngine
+    return MegatronEngine(setup)

@@ -84,7 +84,7 @@ class DeepSpeedEngine:
 
     def __init__(self, setup: EngineSetup) -> None:
         deepspeed = import_deepspeed(setup.device)
-        ensure_process_group(setup.device)
+        ranks.ensure_group(setup.device)
         self.setup, self.device, self.stage = setup, setup.device, setup.engine.zero
         self.shard, self.is_main = Shard(ranks.rank(), ranks.world()), ranks.rank() == 0
         objective = setup.build_objective()
@@ -309,15 +309,6 @@ def import_deepspeed(device: torch.device) -> Any:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     return deepspeed
-
-
-def ensure_process_group(device: torch.device) -> None:
-    """DeepSpeed wants a process group even for one process without torchrun."""
-    if not dist.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
-        dist.init_process_group(backend, store=store, rank=0, world_size=1)
-    os.environ.setdefault("LOCAL_RANK", "0")
 
 
 def forget_modules() -> None:

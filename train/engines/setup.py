@@ -1,10 +1,12 @@
 """What every engine starts from, and the choice between them.
 
-recipe, phase -> EngineSetup -> build_engine -> local | deepspeed      (each imported only when chosen)
+recipe, phase -> EngineSetup -> build_engine -> local | deepspeed | megatron      (each imported only when chosen)
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,11 +19,11 @@ from torch import Tensor
 from data.types import Batch
 from models.config import ThinkerConfig
 from models.generate import greedy
-from models.init import init_weights
+from models.init import init_scale, init_tensor, init_weights
 from models.omni import Omni
 from models.omni_config import OmniConfig
 from models.thinker import Thinker
-from train.engines import VALUE, StateReader, StepStats
+from train.engines import VALUE, WEIGHT, StateReader, StepStats
 from train.errors import RecipeError
 from train.loss import IGNORE, Objective, Totals, inputs_of, pictures_of, uniform_share
 from train.optim import param_groups, select_trainable
@@ -31,6 +33,7 @@ from train.speech import SpeechObjective
 from train.waveform import ADVERSARY, WaveformObjective, add_adversary
 from train.waveform_config import DECODER_PHASES
 
+KEPT = 3  # tensors of Drawn: queries, keys and values of a layer come in turns
 AnyObjective = Objective | SpeechObjective | WaveformObjective
 
 
@@ -46,6 +49,8 @@ class EngineSetup:
     phase_name: str
     seed: int
     device: torch.device
+    sequence_length: int = 0
+    """Of the longest pack; 0 where nobody knows."""
 
     @property
     def betas(self) -> tuple[float, float]:
@@ -63,14 +68,19 @@ class EngineSetup:
         """Whether the phase runs the Thinker's encoders."""
         return self.phase.speech not in DECODER_PHASES
 
-    def build_objective(self) -> AnyObjective:
-        """Model and loss on the CPU in fp32, with the same initial weights on every rank, frozen as the phase says."""
+    def build_objective(self, drawn: bool = True) -> AnyObjective:
+        """Model and loss on the CPU in fp32, with the same initial weights on every rank, frozen as the phase says.
+
+        Not `drawn`, it is on the meta device: names, shapes and flags, without a weight.
+        """
         recompute = self.engine.recompute
-        if isinstance(self.model, OmniConfig):
-            model = Omni(self.model, recompute_experts=recompute)
-        else:
-            model = Thinker(self.model, recompute_experts=recompute)
-        init_weights(model, self.seed)
+        with contextlib.nullcontext() if drawn else torch.device("meta"):
+            if isinstance(self.model, OmniConfig):
+                model = Omni(self.model, recompute_experts=recompute)
+            else:
+                model = Thinker(self.model, recompute_experts=recompute)
+        if drawn:
+            init_weights(model, self.seed)
         if self.phase.speech == "adversarial" and isinstance(model, Omni):
             add_adversary(model, self.loss.waveform, self.seed)
         select_trainable(model, self.phase, self.phase_name)
@@ -93,6 +103,28 @@ class EngineSetup:
     def param_groups(self, objective: AnyObjective) -> list[dict[str, Any]]:
         """Optimizer groups over the trainable parameters."""
         return param_groups(objective.model, self.optim)
+
+
+class Drawn:
+    """The initial weights as a StateReader: each tensor is drawn when it is asked for, the last few are kept."""
+
+    step = 0
+
+    def __init__(self, setup: EngineSetup) -> None:
+        self._setup, self._kept = setup, OrderedDict[str, Tensor]()
+
+    def kinds(self, name: str) -> frozenset[str]:
+        """Every parameter has a weight."""
+        return frozenset({WEIGHT})
+
+    def read(self, kind: str, name: str, shape: Sequence[int], start: int, length: int) -> Tensor:
+        """Elements [start, start + length) of the flat tensor, fp32."""
+        if name not in self._kept:
+            self._kept[name] = whole = torch.empty(tuple(shape))
+            init_tensor(name, whole, self._setup.seed, init_scale(self._setup.model, name))
+            if len(self._kept) > KEPT:
+                self._kept.popitem(last=False)
+        return self._kept[name].view(-1)[start : start + length]
 
 
 def stats_of(
