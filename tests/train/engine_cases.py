@@ -274,17 +274,17 @@ def more_processes() -> list[list[list[float]]]:
 PHASES = (["model.*", "lm_head.*"], ["model.layers.0.mlp.*", "model.embed_tokens.*", "audio_tower.conv*"])
 
 
-def phases(name: str, zero: int, ep: int, precision: str, folder: str) -> list[list[list[float]]]:
+def phases(label: str, folder: str, **engine_settings: Any) -> list[list[list[float]]]:
     """Two phases with other frozen parameters: first the whole decoder, then some experts. States into the folder."""
     rows, state = [], None
     for number, freeze in enumerate(PHASES):
-        engine = build_engine(setup(name, zero, ep, linear=False, freeze=freeze, precision=precision))
+        engine = build_engine(setup(**engine_settings, linear=False, freeze=freeze))
         if state is not None:
             engine.restore(state, optimizer_step=0)
         rows.append(train(engine, 2 * number, 2 * number + 2))
         state = gather(engine)
         if engine.is_main:
-            save_file(dict(state), f"{folder}/{name}-{zero}-{ep}-{precision}-{number}.safetensors")
+            save_file(dict(state), f"{folder}/{label}-{number}.safetensors")
         engine.close()
     return rows
 
@@ -327,7 +327,12 @@ def two_processes(folder: str) -> dict[str, Any]:
     """All that two processes are asked, one engine after the other: starting them costs more than their work."""
     out = {
         "layouts": layouts(folder),
-        "phases": [phases("deepspeed", *case, folder) for case in PHASE_CASES],
+        "phases": [
+            phases(
+                f"deepspeed-{zero}-{ep}-{precision}", folder, name="deepspeed", zero=zero, ep=ep, precision=precision
+            )
+            for zero, ep, precision in PHASE_CASES
+        ],
         "refusals": refusals(),
         "alone": alone(),
     }

@@ -144,7 +144,10 @@ def test_one_process_without_torchrun(
 
 @pytest.fixture(scope="module")
 def phases_of_local(folder: Path) -> dict[str, list[list[list[float]]]]:
-    return {precision: cases.phases("local", 0, 1, precision, str(folder)) for precision in ("fp32", "bf16")}
+    return {
+        precision: cases.phases(f"local-0-1-{precision}", str(folder), name="local", precision=precision)
+        for precision in ("fp32", "bf16")
+    }
 
 
 @pytest.mark.parametrize("index", range(len(cases.PHASE_CASES)), ids=map(str, cases.PHASE_CASES))

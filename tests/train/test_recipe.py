@@ -45,7 +45,7 @@ def test_overrides_reach_their_place_with_their_type() -> None:
         (["recipe=transcribe", "optim.lrr=1"], "unknown setting 'optim.lrr', did you mean 'optim.lr'?"),
         (["recipe=transcribe", "zero=3"], "unknown setting 'zero', did you mean 'engine.zero'?"),
         (["recipe=transcribe", "engine=deepsped"], "unknown engine=deepsped, did you mean 'deepspeed'?"),
-        (["recipe=transcribe", "engine.name=megatrom"], "engine.name=megatron"),
+        (["recipe=transcribe", "engine.name=megatrom"], "did you mean 'megatron'"),
         (["recipe=transcribe", "phases.all.stps=3"], "unknown setting phases.all.stps, did you mean 'steps'?"),
         (["recipe=demo", "phases.encoder.steps=3"], "unknown phase in phases.encoder.steps, did you mean 'encoders'?"),
         (["recipe=transcribe", "phases.all.steps=0"], "phases.all.steps=0: it must be at least 1"),

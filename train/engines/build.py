@@ -51,7 +51,9 @@ def _megatron(setup: EngineSetup) -> Engine:
         )
     if find_spec("megatron") is None:
         raise EngineError("engine.name=megatron needs the package: pip install 'omniloom[megatron]'")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that TransformerEngine and apex are not there: a setting asks for them
-        from train.engines.megatron.engine import MegatronEngine
+    # that TransformerEngine and apex are not there, though a setting asks for them; names that torch is to drop
+    warnings.filterwarnings("ignore", module=r"megatron\.")
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    from train.engines.megatron.engine import MegatronEngine
+
     return MegatronEngine(setup)

@@ -16,7 +16,7 @@ from torch import nn
 from models.omni_config import OmniConfig
 from models.talker import Talker
 from train.engines.megatron.layout import Peers, decoder_config
-from train.engines.megatron.parts import shell
+from train.engines.megatron.parts import made, shell
 from train.engines.megatron.passes import Parts
 from train.engines.megatron.stages import TalkerStage, ThinkerStage
 from train.engines.megatron.weights import Degrees, Placed, place_parameters
@@ -71,7 +71,7 @@ def build_parts(setup: EngineSetup, objective: AnyObjective, peers: Peers) -> Bu
         if peers.is_last:
             with torch.device("meta"):
                 whole = Talker(omni.talker)
-            front = Front(shell(whole, config).to(config.params_dtype).to_empty(device=setup.device), config)
+            front = Front(made(shell(whole), config), config)
             placed |= place_parameters(front, "", speech, degrees, {})
     _set_flags(placed, dict(objective.model.named_parameters()))
     parts = Parts(thinker, talker, front)  # type: ignore[arg-type]

@@ -101,7 +101,6 @@ def decoder_config(
     stages[-1].append("loss")
     shared = text.shared_expert_intermediate_size
     recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    overlaps = device.type == "cuda"
     return TransformerConfig(
         num_layers=text.num_hidden_layers,
         hidden_size=text.hidden_size,
@@ -127,9 +126,11 @@ def decoder_config(
         expert_tensor_parallel_size=engine.expert_tp,
         sequence_parallel=engine.tp > 1,
         pipeline_dtype=dtype,
-        variable_seq_lengths=True,
-        batch_p2p_comm=engine.interleave == 1 or not overlaps,
-        overlap_p2p_comm=engine.interleave > 1 and overlaps,
+        # between two stages, what goes on and what comes back would be taken for each other unless sent apart, and
+        # lengths of packs too: the interleaved schedule gets packs of one length (passes.py)
+        variable_seq_lengths=engine.interleave == 1,
+        batch_p2p_comm=engine.interleave == 1,
+        overlap_p2p_comm=engine.interleave > 1,
         params_dtype=dtype,
         bf16=dtype is torch.bfloat16,
         normalization="RMSNorm",
@@ -140,7 +141,7 @@ def decoder_config(
         qk_layernorm=True,
         attention_dropout=0.0,
         hidden_dropout=0.0,
-        use_cpu_initialization=not overlaps,
+        use_cpu_initialization=device.type == "cpu",
         perform_initialization=False,  # weights.py sets every weight
         bias_activation_fusion=False,
         bias_dropout_fusion=False,

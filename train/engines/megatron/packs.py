@@ -43,10 +43,10 @@ class Cut:
     stretches: tuple[tuple[int, int], ...]
 
     @classmethod
-    def of(cls, length: int, peers: Peers, device: torch.device) -> Cut:
-        """Cut a pack of `length` rows."""
+    def of(cls, length: int, peers: Peers, device: torch.device, least: int = 1) -> Cut:
+        """Cut a pack of `length` rows, padded to `least` at least."""
         multiple, cp = peers.multiple, peers.cp.size()
-        padded = -(-max(1, length) // multiple) * multiple
+        padded = -(-max(least, length) // multiple) * multiple
         rows = torch.arange(padded, device=device)
         order, stretches = None, ((0, padded),)
         if cp > 1:  # an early and a late stretch, so that causal work is even
@@ -124,9 +124,11 @@ class ThinkerPack:
     found: Tensor | None = None  # for the other purposes
 
     @classmethod
-    def of(cls, batch: Batch, text: TextConfig, peers: Peers, dtype: torch.dtype, purpose: str = "loss") -> ThinkerPack:
-        """Cut a micro-batch, which is on the device."""
-        cut = Cut.of(len(batch.token_ids_T), peers, batch.token_ids_T.device)
+    def of(
+        cls, batch: Batch, text: TextConfig, peers: Peers, dtype: torch.dtype, purpose: str, least: int
+    ) -> ThinkerPack:
+        """Cut a micro-batch, which is on the device, to `least` rows at least."""
+        cut = Cut.of(len(batch.token_ids_T), peers, batch.token_ids_T.device, least)
         return cls(batch, cut, cut.tokens(text, batch.position_ids_3T, batch.doc_lengths, dtype), purpose)
 
 

@@ -6,7 +6,7 @@
 * The Talker's front, on the last stage: projections, code embeddings and code predictor. One place, because the inputs
   of its first layer and the loss of its residual codes read the same embeddings.
 
-Parameters of ours that are whole on every tensor rank see a part of the tokens there: `share` has Megatron sum their
+Parameters of ours that are whole on every tensor rank see a part of the tokens there: `made` has Megatron sum their
 gradients over tensor ranks, as it does for norms.
 
 Letters: T rows here, S of the context rank, D hidden, V words here, N targets, A audio and W visual tokens, F frames, R
@@ -15,10 +15,10 @@ residual codebooks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -40,22 +40,26 @@ from train.engines.megatron.packs import Cut
 from train.layout import work_of
 from train.loss import IGNORE, cross_entropy_sum
 
+M = TypeVar("M", bound=nn.Module)
 
-def share(parameters: Iterable[nn.Parameter], config: TransformerConfig) -> None:
-    """Have gradients summed over tensor ranks."""
-    for parameter in parameters:
+
+def made(module: M, config: TransformerConfig) -> M:
+    """A module of the meta device on this one, unset, its gradients to be summed over tensor ranks."""
+    device = torch.device("cpu") if config.use_cpu_initialization else torch.cuda.current_device()
+    module = module.to(config.params_dtype).to_empty(device=device)
+    for parameter in module.parameters():  # of the parameters as they are now: moving a module may make new ones
         parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+    return module
 
 
 class Encoders(nn.Module):
     """The Thinker's encoders alone, under their names."""
 
-    def __init__(self, thinker: Thinker, config: TransformerConfig, group: ProcessGroup) -> None:
+    def __init__(self, thinker: Thinker, group: ProcessGroup) -> None:
         """`thinker` gives up its decoder; `group` are the tensor and context ranks of a replica."""
         super().__init__()
         del thinker.model, thinker.lm_head
         self.thinker, self.group = thinker, group
-        share(self.parameters(), config)
 
     def forward(self, media: Media) -> Features:
         """Features of all media on every rank, of which each encodes its share. Collective."""
@@ -174,10 +178,9 @@ def _vocab_parallel_sum(hidden_CD: Tensor, weight_VD: Tensor, target_C: Tensor) 
     return vocab_parallel_cross_entropy(logits_C1V, target_C.unsqueeze(1)).sum()
 
 
-def shell(talker: Talker, config: TransformerConfig) -> Talker:
+def shell(talker: Talker) -> Talker:
     """The Talker without its decoder's layers, norm and head: its front."""
     del talker.model.layers, talker.model.norm, talker.codec_head
-    share(talker.parameters(), config)
     return talker
 
 

@@ -109,7 +109,8 @@ class Passes:
 
     def packs(self, batches: Sequence[Batch], purpose: str = "loss") -> list[ThinkerPack]:
         """Micro-batches cut for this rank."""
-        found = [ThinkerPack.of(batch, self.text, self.peers, self.dtype, purpose) for batch in batches]
+        least = self._least([len(batch.token_ids_T) for batch in batches])
+        found = [ThinkerPack.of(batch, self.text, self.peers, self.dtype, purpose, least) for batch in batches]
         for pack in found:
             pack.tokens.tap, pack.tokens.stop = self.tap, purpose == "tap"
         return found
@@ -126,7 +127,10 @@ class Passes:
     def talk(self, batches: Sequence[Batch], heard: Sequence[ThinkerPack], share: Share) -> list[_Spoken]:
         """The Talker, forward and backward."""
         packs: Sequence[ThinkerPack | None] = heard or [None] * len(batches)
-        spoken = [self._front(batch, pack) for batch, pack in zip(batches, packs, strict=True)]
+        plans = [self.plan(batch).to(batch.token_ids_T.device) for batch in batches]
+        least = self._least([sum(plan.doc_lengths) for plan in plans])
+        parts = zip(batches, plans, packs, strict=True)
+        spoken = [self._front(batch, plan, pack, least) for batch, plan, pack in parts]
         front = self.parts.front
         # its gradients come in many backwards, so none is known to be the last before the step's end
         with front.no_sync() if front is not None else nullcontext():
@@ -176,11 +180,14 @@ class Passes:
             dist.broadcast(x, dist.get_global_rank(self.peers.pp, self.last), group=self.peers.pp)
         return x
 
-    def _front(self, batch: Batch, pack: ThinkerPack | None) -> _Spoken:
+    def _least(self, lengths: Sequence[int]) -> int:
+        """What packs are padded to: the interleaved schedule wants one length."""
+        return max(1, *lengths) if self.peers.chunks > 1 else 1
+
+    def _front(self, batch: Batch, plan: TalkerPlan, pack: ThinkerPack | None, least: int) -> _Spoken:
         """The inputs of the Talker's first layer, made on the last stage and sent to the first."""
         assert isinstance(self.model, OmniConfig) and self.model.talker is not None
         device, width = batch.token_ids_T.device, self.text.hidden_size
-        plan = self.plan(batch).to(device)
         text_XH = torch.zeros(len(plan.text_ids_X), width, dtype=self.dtype, device=device)
         embedded = None
         if self.peers.is_first:
@@ -198,7 +205,7 @@ class Passes:
             pack.tokens.tapped_TD = None
             media_MH = torch.zeros(len(rows_M), width, dtype=self.dtype, device=device)
             media_MH = self._send(tapped, media_MH, self.tap_stage, self.last)
-        cut = Cut.of(sum(plan.doc_lengths), self.peers, device)
+        cut = Cut.of(sum(plan.doc_lengths), self.peers, device, least)
         talker, made_TD = self.model.talker.text, None
         inputs_TD = torch.zeros(len(cut.rows_T), talker.hidden_size, dtype=self.dtype, device=device)
         text_XH, media_MH = (x.detach().requires_grad_(self.way == "live") for x in (text_XH, media_MH))

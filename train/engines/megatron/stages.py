@@ -30,7 +30,7 @@ from models.thinker import Media, Thinker
 from train.engines.megatron.block import BalancedRouter, GroupedExperts, block_spec, tap
 from train.engines.megatron.layout import Peers
 from train.engines.megatron.packs import TalkerPack, ThinkerPack
-from train.engines.megatron.parts import Encoders, Head, embedding, residual_sums
+from train.engines.megatron.parts import Encoders, Head, embedding, made, residual_sums
 from train.recipe import EngineConfig
 
 Share = Callable[[Tensor], Tensor]  # sums of the terms [K] -> share of the global loss
@@ -99,10 +99,7 @@ class ThinkerStage(Stage):
             peers: Peers = args[3]
             with torch.device("meta"):
                 whole = Thinker(thinker)
-            device = torch.device("cpu") if self.config.use_cpu_initialization else torch.cuda.current_device()
-            self.encoders = (
-                Encoders(whole, self.config, peers.tp_cp).to(self.config.params_dtype).to_empty(device=device)
-            )
+            self.encoders = made(Encoders(whole, peers.tp_cp), self.config)
             self.embedding = embedding(thinker.text.vocab_size, self.config)
 
     def forward(self, pack: ThinkerPack, share: Share | None = None) -> Tensor:
@@ -113,7 +110,7 @@ class ThinkerStage(Stage):
             return x
         hidden_TD = x.squeeze(1)
         if pack.purpose == "last":
-            ends = torch.tensor(pack.batch.doc_lengths, device=x.device).cumsum(0) - 1
+            ends = torch.tensor(pack.batch.doc_lengths, dtype=torch.int64, device=x.device).cumsum(0) - 1
             pack.found = pack.cut.gather(hidden_TD).index_select(0, ends)
             return x
         hidden_SD, labels_S = (
