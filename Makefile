@@ -4,7 +4,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup demo fsdd fsdd-talker test test-slow check format clean
+.PHONY: setup demo fsdd fsdd-talker test test-slow check format gpu-wheels clean
 .DEFAULT_GOAL := setup
 
 setup: .venv/.stamp
@@ -40,6 +40,10 @@ check: .venv/.stamp
 format: .venv/.stamp
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
+
+GPU_PYTHON ?= 3.12
+gpu-wheels: .venv/.stamp  ## wheels/ for bench/gpu/run.sh on a machine without a network; its Python is GPU_PYTHON
+	@$(BIN)/python -m bench.gpu.wheels --python $(GPU_PYTHON)
 
 clean:
 	rm -rf .venv build dist outputs
