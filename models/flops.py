@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from models.audio_encoder import CHUNK_FRAMES, CHUNK_TOKENS, num_audio_tokens
 from models.config import AudioConfig, TextConfig, ThinkerConfig, VisionConfig
+from models.omni_config import CodePredictorConfig, TalkerConfig
 
 
 def active_parameters(config: TextConfig) -> int:
@@ -19,7 +20,10 @@ def active_parameters(config: TextConfig) -> int:
     attention = config.hidden_size * config.head_dim * heads
     experts = 3 * config.hidden_size * config.moe_intermediate_size * config.num_experts_per_tok
     router = config.hidden_size * config.num_experts
-    return config.num_hidden_layers * (attention + experts + router) + config.hidden_size * config.vocab_size
+    shared = config.shared_expert_intermediate_size
+    beside = config.hidden_size * (3 * shared + 1) if shared else 0  # and its gate
+    layer = attention + experts + router + beside
+    return config.num_hidden_layers * layer + config.hidden_size * config.vocab_size
 
 
 def text_flops(config: TextConfig, doc_lengths: Sequence[int]) -> int:
@@ -74,3 +78,40 @@ def training_flops(
     """Forward and backward of the whole Thinker over a pack."""
     seen = vision_flops(config.vision, grids) if config.vision is not None else 0
     return text_flops(config.text, doc_lengths) + audio_flops(config.audio, mel_lengths) + seen
+
+
+def code_predictor_flops(config: CodePredictorConfig, frames: int) -> int:
+    """Forward and backward of the code predictor and its heads over so many frames, all of a frame's codes known."""
+    width, codes = config.hidden_size, config.num_code_groups
+    heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads
+    layer = width * config.head_dim * heads + 3 * width * config.intermediate_size
+    matrices = codes * config.num_hidden_layers * layer + (codes - 1) * width * config.vocab_size
+    attention = 4 * config.num_attention_heads * config.head_dim * config.num_hidden_layers * codes**2 // 2
+    return 3 * frames * (2 * matrices + attention)
+
+
+def talker_flops(
+    config: TalkerConfig,
+    doc_lengths: Sequence[int],
+    frames: int,
+    targets: int | None = None,
+    text_rows: int = 0,
+    media_rows: int = 0,
+) -> int:
+    """Forward and backward of the Talker and its code predictor over a pack.
+
+    Args:
+        config: sizes.
+        doc_lengths: positions of each of the Talker's documents.
+        frames: of speech, each of `num_code_groups` codes.
+        targets: positions whose first code is predicted; None: a frame each, and the end of each document.
+        text_rows: embeddings of text that are projected to the Talker's width.
+        media_rows: hidden states of the Thinker that are.
+    """
+    text = config.text
+    targets = frames + len(doc_lengths) if targets is None else targets
+    head = text.hidden_size * text.vocab_size
+    backbone = text_flops(text, doc_lengths) + 6 * head * (targets - sum(doc_lengths))
+    wide = config.thinker_hidden_size
+    projections = 6 * (text_rows + media_rows) * wide * (wide + text.hidden_size)
+    return backbone + projections + code_predictor_flops(config.code_predictor, frames)

@@ -14,6 +14,7 @@ COMMANDS = (
     "generate",
     "demo",
     "tour",
+    "plan",
     "cache_hidden",
     "voice",
     "preferences",

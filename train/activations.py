@@ -1,0 +1,294 @@
+"""What a forward keeps for its backward, and what each piece needs beside that while it runs.
+
+    pieces in forward order:  audio, vision | norm, projections, attention, norm, experts | ... | norm, head
+    forward  -->  kept piles up
+    backward <--  kept goes, gradients of the weights come, `backward` bytes beside it for a moment
+
+A Piece is a stretch of the model whose tensors live and die together. The pieces follow the code of models/layers:
+which tensors autograd saves, which are views, which copies padding costs. tests/train/test_memory.py holds them against
+measured peaks. Sizes are bytes. Cost: a few hundred small objects, no tensor of the model's size.
+
+Letters: T tokens, D hidden, H query heads, G key-value heads, C head_dim, E experts, K chosen experts, F expert width,
+R rows of routed tokens, V vocabulary, N targets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from models.audio_encoder import CHUNK_FRAMES, num_audio_tokens
+from models.config import AudioConfig, TextConfig, VisionConfig
+from models.layers.attention import STRIP, STRIPS_UP_TO, make_segments
+from models.layers.experts import BLOCK_ROWS
+
+KERNELS = ("cuda", "cpu", "cpu-upcast")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Bytes of one stretch of the model."""
+
+    part: str
+    kept: int
+    """From its forward to the end of its backward."""
+    forward: int = 0
+    """Beside `kept`, at the fullest moment of forward."""
+    backward: int = 0
+    """Beside `kept` and the new gradients, at the fullest moment of backward."""
+    weights: int = 0
+    """Elements of its parameters that lie on this rank."""
+    sharded: bool = False
+    """Whether these are experts, which have data-parallel ranks of their own."""
+    early: bool = False
+    """Whether their gradients are made in forward, in fp32: `kept` has them already."""
+    owner: str = "decoder"
+    """decoder, audio, vision or talker: what a phase trains or freezes."""
+
+
+@dataclass(frozen=True)
+class Pack:
+    """What a micro-batch holds, as far as memory depends on it."""
+
+    doc_lengths: tuple[int, ...]
+    mel_lengths: tuple[int, ...] = ()
+    grids: tuple[tuple[int, int, int], ...] = ()
+    targets: int | None = None
+    """Tokens with a label; None: all."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the pack."""
+        return sum(self.doc_lengths)
+
+    @property
+    def patches(self) -> int:
+        """Patches of all pictures."""
+        return sum(frames * rows * columns for frames, rows, columns in self.grids)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What of a layer's work is on one rank, and how it is computed there."""
+
+    size: int
+    """Bytes of an activation's element."""
+    kernels: str = "cuda"
+    """cuda: grouped_mm and attention for packed sequences; cpu: those of models/layers; cpu-upcast: where fp32 matrix
+    products beat 16-bit ones."""
+    tp: int = 1
+    cp: int = 1
+    ep: int = 1
+    expert_tp: int = 1
+    recompute: bool = False
+    dispatched: bool = False
+    """Whether rows are sent to their experts' ranks, so that what arrives is a tensor of its own."""
+    grouped: bool = False
+    """Whether grouped products run the experts whatever the device, as in DeepSpeed's AutoEP."""
+
+    @property
+    def wide(self) -> int:
+        """Bytes of an element inside the experts."""
+        return 4 if self.kernels == "cpu-upcast" else self.size
+
+
+def norm(rows: int, width: int, size: int, part: str, beside: int) -> Piece:
+    """RMSNorm of [rows, width]; `beside` are bytes of gradients that pass it by."""
+    whole = rows * width
+    if size == 4:
+        return Piece(part, whole * 4 + rows * 4, whole * 8, beside + whole * 8, width)
+    return Piece(part, whole * size + rows * 4, whole * 8, beside + whole * (12 + size), width)
+
+
+def attention_kept(lengths: Sequence[int], heads: int, groups: int, channels: int, cut: Cut, causal: bool) -> int:
+    """Bytes that attention keeps of q, k, v [T, heads, channels] and its output, that of the output matrix included."""
+    tokens, size = sum(lengths), cut.size
+    each = channels * size
+    if cut.kernels == "cuda":
+        return tokens * ((2 * heads + 2 * groups) * each + 4 * heads)
+    segments = make_segments(lengths, torch.device("cpu"))
+    if not segments.buckets:
+        return 0
+    gathered = sum(bucket.num * bucket.longest for bucket in segments.buckets if bucket.start is None)
+    rows = sum(bucket.num * bucket.longest for bucket in segments.buckets)
+    sliced = tokens if rows > gathered else 0
+    strips = [b.longest for b in segments.buckets if causal and size == 4 and STRIP < b.longest <= STRIPS_UP_TO]
+    copied = len(segments.buckets) > 1 or bool(strips) or segments.back_T is not None
+    kept = (sliced + gathered) * (heads + 2 * groups) * each + rows * heads * (each + 4)
+    return kept + (tokens * heads * each if copied else 0) + sum(STRIP * longest * 4 for longest in strips)
+
+
+def decoder_layer(text: TextConfig, pack: Pack, cut: Cut) -> list[Piece]:
+    """One layer of a mixture-of-experts decoder."""
+    size, hidden, channels = cut.size, text.hidden_size, text.head_dim
+    heads, groups = text.num_attention_heads // cut.tp, text.num_key_value_heads // cut.tp
+    tokens, seen = pack.tokens // (cut.tp * cut.cp), pack.tokens // cut.cp
+    stream, query, pair = tokens * hidden * size, seen * heads * channels * size, seen * groups * channels * size
+    lengths = pack.doc_lengths if cut.cp == 1 else (seen,)
+    attended = attention_kept(lengths, heads, groups, channels, cut, causal=True)
+    attended += 2 * pair * (cut.cp - 1)  # keys and values of all context ranks
+    whole = seen * hidden * size if cut.tp > 1 else 0  # tokens of all tensor ranks, gathered for a projection
+    scales = seen * (heads + groups) * 4
+    floats = 0 if size == 4 else 2 * query * 4 // size
+    in_out = hidden * heads * channels
+    return [
+        norm(tokens, hidden, size, "norms", stream),
+        Piece("attention", stream, whole, stream * 3 + whole + query, in_out + 2 * hidden * groups * channels),
+        Piece(
+            "attention", query + pair + scales, floats, stream + 3 * query + 2 * pair + floats, 2 * channels
+        ),  # QK-norm, rotation
+        Piece("attention", attended, query, stream + 2 * query + 2 * pair),
+        Piece("attention", 0, whole, stream + whole + query, in_out),
+        norm(tokens, hidden, size, "norms", stream),
+        *moe(text, tokens, cut),
+    ]
+
+
+def moe(text: TextConfig, tokens: int, cut: Cut) -> list[Piece]:
+    """Router, experts and, where the decoder has one, the expert that all tokens pass."""
+    size, hidden, wide = cut.size, text.hidden_size, cut.wide
+    width, experts = text.moe_intermediate_size // cut.expert_tp, text.num_experts // cut.ep
+    chosen, stream = text.num_experts_per_tok, tokens * text.hidden_size * size
+    rows = tokens * chosen * cut.expert_tp
+    router = tokens * (8 * text.num_experts + 12 * chosen)
+    elements = 3 * experts * hidden * width
+    shared = text.shared_expert_intermediate_size // cut.tp
+    pieces = [Piece("experts", stream + router, stream, 2 * stream + tokens * text.num_experts * 8, router_of(text))]
+    if cut.kernels == "cuda" or cut.grouped:
+        return [*pieces, *grouped_experts(rows, stream, elements, hidden, width, cut), *dense_expert(text, tokens, cut)]
+    block = min(rows, block_rows(rows, experts))
+    # gathered rows and gradients, activations, their gradients; the sums over experts
+    buffers = block * (3 * hidden + (7 if cut.kernels == "cpu" else 9) * width) * wide + rows * 12
+    outside = tokens * hidden * (wide if wide == size else 3 * wide)
+    kept = rows * 4 + (0 if cut.recompute else rows * 2 * width * size)
+    forward = tokens * hidden * 2 * wide + block * (2 * hidden + 4 * width) * wide
+    pieces.append(Piece("experts", kept, forward, stream + outside + buffers, elements, sharded=True))
+    return [*pieces, *([dense_expert(text, tokens, cut)[0]] if shared else [])]
+
+
+def router_of(text: TextConfig) -> int:
+    """Elements of a router."""
+    return text.num_experts * text.hidden_size
+
+
+def block_rows(rows: int, experts: int) -> int:
+    """Rows of the largest block of consecutive experts, for even routing."""
+    of_one = max(1, -(-rows // experts))
+    return max(1, BLOCK_ROWS // of_one) * of_one
+
+
+def grouped_experts(rows: int, stream: int, elements: int, hidden: int, width: int, cut: Cut) -> list[Piece]:
+    """Grouped matrix products: rows, both pre-activations, silu, their product, and that times the routing weight.
+
+    AutoEP multiplies by the routing weight last, in fp32, and keeps what it multiplies.
+    """
+    size = cut.size
+    at_work = stream + rows * (2 * hidden + 4 * width) * size
+    if cut.grouped:
+        kept, moved = rows * (hidden * (size + 4) + 4 * width * size), 4 * rows * hidden * size
+        return [Piece("experts", kept, moved, at_work + moved, elements, True)]
+    inside = rows * ((hidden + 5 * width) * size + 24)
+    arrived = rows * hidden * size if cut.dispatched else 0
+    if cut.recompute:
+        return [Piece("experts", rows * 8 + arrived, inside, inside + at_work, elements, True)]
+    return [Piece("experts", inside, rows * hidden * size + arrived, at_work, elements, True)]
+
+
+def dense_expert(text: TextConfig, tokens: int, cut: Cut) -> list[Piece]:
+    """The Talker's shared expert and its gate."""
+    width = text.shared_expert_intermediate_size // cut.tp
+    if not width:
+        return []
+    seen, stream = tokens * cut.tp, tokens * text.hidden_size * cut.size
+    kept = seen * width * 4 * cut.size + 2 * stream
+    elements = 3 * text.hidden_size * width + text.hidden_size
+    return [Piece("experts", kept, stream, 2 * stream + 2 * seen * width * cut.size, elements)]
+
+
+def head(text: TextConfig, pack: Pack, cut: Cut, max_logits: int, learns: bool) -> list[Piece]:
+    """The last norm and the chunked cross-entropy, whose gradients are made in forward (train/loss.py)."""
+    size, hidden, vocab = cut.size, text.hidden_size, text.vocab_size // cut.tp
+    tokens = pack.tokens // cut.cp
+    targets = tokens if pack.targets is None else pack.targets // cut.cp
+    rows = max(1, min(targets, max_logits // text.vocab_size))
+    again = targets > rows  # a chunk's logits are there until the next one's replace them
+    each = 4 * (1 + again) if size == 4 else 8 + 4 * again
+    matrix, states = vocab * hidden, targets * hidden * size
+    product = matrix * size if learns and size < 4 else 0
+    kept = states + (matrix * 4 if learns else 0)
+    return [
+        norm(tokens // cut.tp, hidden, size, "norms", 0),
+        Piece("head", kept, states, 2 * tokens * hidden * size, matrix, early=learns),
+        Piece("logits", 0, rows * (vocab * each + 2 * hidden * size) + product + 2 * states),
+    ]
+
+
+def audio(config: AudioConfig, pack: Pack, cut: Cut) -> list[Piece]:
+    """The audio encoder and its adapter."""
+    size, width, channels = cut.size, config.d_model, config.downsample_hidden_size
+    tokens = sum(map(num_audio_tokens, pack.mel_lengths))
+    chunks = sum(-(-frames // CHUNK_FRAMES) for frames in pack.mel_lengths)
+    frames, mels, kept, inputs = (
+        CHUNK_FRAMES,
+        config.num_mel_bins,
+        chunks * CHUNK_FRAMES * config.num_mel_bins * size,
+        1,
+    )
+    sizes, elements = [kept], 0
+    for _ in range(3):
+        frames, mels = (frames + 1) // 2, (mels + 1) // 2
+        sizes.append(chunks * channels * mels * frames * size)
+        elements += 9 * inputs * channels + channels
+        inputs = channels
+    first = sizes[0] + 2 * sum(sizes[1:])
+    elements += channels * mels * width
+    # both sides of a convolution are laid out anew for it, as long as it runs
+    stem = Piece("encoders", first, max(0, 2 * sizes[0] + 3 * sizes[1] - first), 2 * sizes[1], elements)
+    window = num_audio_tokens(config.n_window_infer)
+    clips = [num_audio_tokens(frames) for frames in pack.mel_lengths]
+    windows = [min(window, clip - start) for clip in clips for start in range(0, clip, window)]
+    heads, inner = config.encoder_attention_heads, config.encoder_ffn_dim
+    attended = attention_kept(windows, heads, heads, width // heads, cut, causal=False)
+    layer = Piece(
+        "encoders",
+        tokens * (4 * width + 2 * inner) * size + tokens * 16 + attended,
+        tokens * inner * size,
+        tokens * (2 * width + 2 * inner) * size,
+        4 * width * width + 2 * width * inner + 9 * width + inner,
+    )
+    adapter = width * width + width + width * config.output_dim + config.output_dim + 2 * width
+    last = Piece("encoders", tokens * (4 * width) * size, 0, tokens * 2 * width * size, adapter)
+    named = [replace(piece, owner="audio") for piece in (stem, layer, last)]
+    return [named[0], *[named[1]] * config.encoder_layers, named[2]]
+
+
+def vision(config: VisionConfig, pack: Pack, cut: Cut) -> list[Piece]:
+    """The vision encoder and its mergers."""
+    size, width, inner, patches = cut.size, config.hidden_size, config.intermediate_size, pack.patches
+    merge = config.spatial_merge_size**2
+    lengths = [rows * columns for frames, rows, columns in pack.grids for _ in range(frames)]
+    heads = config.num_heads
+    attended = attention_kept(lengths, heads, heads, width // heads, cut, causal=False)
+    stem = config.patch_dim * width + width + config.num_position_embeddings * width
+    pixels = 0 if size == 4 else patches * config.patch_dim * size
+    first = Piece("encoders", pixels, patches * width * (size + 8), 2 * patches * width * size, stem)
+    block = Piece(
+        "encoders",
+        # both norms' inputs and outputs; v is a view of q, k and v together; both sides of the activation
+        patches * (4 * width + 2 * width + 2 * inner) * size + patches * 16 + attended,
+        patches * inner * size,
+        patches * (2 * width + 2 * inner) * size,
+        4 * width * width + 2 * width * inner + 9 * width + inner,
+    )
+    wide = merge * width
+    elements = wide * wide + wide + wide * config.out_hidden_size + config.out_hidden_size
+    made = patches // merge * config.out_hidden_size * size
+    deep = Piece("encoders", 3 * patches * width * size + made, 0, 3 * patches * width * size, elements + 2 * wide)
+    last = Piece("encoders", 4 * patches * width * size + made, 0, 3 * patches * width * size, elements + 2 * width)
+    first, block, deep, last = (replace(piece, owner="vision") for piece in (first, block, deep, last))
+    pieces = [first]
+    for index in range(config.depth):
+        pieces += [block, *([deep] if index in config.deepstack_visual_indexes else [])]
+    return [*pieces, last]
