@@ -27,8 +27,7 @@ def fit(engine: Engine, stream: Iterable[tuple[int, Sequence[Batch]]], span: Spa
         step += 1
         run.consumed(step, microbatches)
         run.meters.update(step, stats, microbatches, lr=lr, phase=span.name, wait=waited)
-        if engine.shard.leads:
-            run.report_skipped(microbatches)
+        run.report_skipped(microbatches)
         stopped = ranks.agree(run.stop_requested)
         last = step == end
         if run.is_due(recipe.eval.every, step) and not (stopped or last):

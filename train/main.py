@@ -27,7 +27,7 @@ from models.hf import released_pieces
 from models.omni_config import OmniConfig
 from train import ranks
 from train.checkpoint import CheckpointReader, Manifest, Saver, choose, open_weights
-from train.engines import Engine
+from train.engines import Shard, StateReader
 from train.engines.build import build_engine
 from train.engines.setup import EngineSetup
 from train.errors import CheckpointError, EngineError, RecipeError
@@ -93,12 +93,13 @@ def train(recipe: Recipe) -> bool:
         for line in course.about():
             tell(line)
         setup = engine_setup(recipe, model, span, device)
+        state = stored_state(recipe, setup, manifest)  # that of another model is refused before ours is made
         engine = build_engine(setup)
-        restore(engine, recipe, setup, manifest, optimizer_step=step - span.start)
+        if state is not None:
+            engine.restore(state, optimizer_step=max(0, step - span.start) if manifest is not None else 0)
         if manifest is not None:
             tell(f"resumed at step {step} from {manifest.folder}")
-        sharing = ranks.world() // engine.shard.count
-        run = open_run(recipe, folder, setup, span, manifest, evaluator, feed, course, sharing)
+        run = open_run(recipe, folder, setup, span, manifest, evaluator, feed, course, engine.shard)
         run.listen()
         with closing(run), closing(engine):
             batches = stream(
@@ -149,22 +150,20 @@ def engine_setup(recipe: Recipe, model: ThinkerConfig | OmniConfig, span: Span, 
     """What a phase's engine is built from."""
     longest = span.phase.sequence_length or recipe.data.sequence_length
     parts = recipe.engine, recipe.optim, recipe.loss, span.phase, span.name, recipe.seed, device
-    return EngineSetup(model, *parts, sequence_length=longest)
+    return EngineSetup(model, *parts, sequence_length=longest, sequences_per_step=recipe.data.sequences_per_step)
 
 
-def restore(
-    engine: Engine, recipe: Recipe, setup: EngineSetup, manifest: Manifest | None, *, optimizer_step: int
-) -> None:
-    """Give the engine its state: a checkpoint's, or the weights of `init`, or leave the initial weights."""
+def stored_state(recipe: Recipe, setup: EngineSetup, manifest: Manifest | None) -> StateReader | None:
+    """What the engine starts from: a checkpoint's state, the weights of `init`, or None for the initial weights."""
     if manifest is not None:
-        reader = CheckpointReader(manifest, released_pieces, identity=asdict(setup.model))
-        engine.restore(reader, optimizer_step=max(0, optimizer_step))
-    elif recipe.init is not None:
+        return CheckpointReader(manifest, released_pieces, identity=asdict(setup.model))
+    if recipe.init is not None:
         weights = open_weights(recipe.init, released_pieces)
         if setup.phase.speech in DECODER_PHASES and not weights.kinds("code2wav.code_embedding.weight"):
             if ranks.rank() == 0:
                 tqdm.write(f"{recipe.init} has no code2wav: the decoder begins anew")
-        engine.restore(weights, optimizer_step=0)
+        return weights
+    return None
 
 
 def open_run(
@@ -176,14 +175,11 @@ def open_run(
     evaluator: Evaluator,
     feed: Feed,
     course: Course,
-    sharing: int,
+    shard: Shard,
 ) -> Run:
-    """Meters and writer of a phase. The writer's memory is allocated at the first save.
-
-    `sharing` ranks work on the same packs.
-    """
+    """Meters and writer of a phase. The writer's memory is allocated at the first save."""
     step = manifest.step if manifest else 0
-    model = setup.thinker
+    model, sharing = setup.thinker, ranks.world() // shard.count  # ranks that work on the same packs
     meters = Meters(
         folder,
         recipe.log,
@@ -205,7 +201,7 @@ def open_run(
         released_pieces=released_pieces,
         warn=meters.say,
     )
-    return Run(recipe, folder, meters, saver, evaluator, asdict(setup.model), feed, course, step)
+    return Run(recipe, folder, meters, saver, evaluator, asdict(setup.model), feed, course, step, shard.leads)
 
 
 def farewell(folder: Path, stopped: bool) -> None:

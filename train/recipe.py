@@ -155,6 +155,9 @@ class EngineConfig:
     """Recompute the experts' activations in backward instead of keeping them."""
     recompute_layers: bool = False
     """megatron: recompute whole decoder layers in backward."""
+    memory_gb: float = 0.0
+    """megatron: memory that a rank may take; a layout that needs more (docs/plan.md) is refused before a model is made.
+    0 is the GPU's own; on a CPU, no limit."""
     threads: int = 0
     """CPU threads of a process; 0 leaves torch's choice."""
 

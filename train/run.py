@@ -43,16 +43,18 @@ class Run:
         feed: Feed,
         course: Course,
         start_step: int,
+        leads: bool,
     ) -> None:
+        """`leads`: of the ranks that read the same samples, this is the one that speaks of them."""
         self.recipe, self.folder, self.meters, self.saver = recipe, folder, meters, saver
         self.evaluator, self.identity, self.feed, self.course = evaluator, identity, feed, course
-        self.step = start_step
+        self.step, self.leads = start_step, leads
         self.stop_requested = False
         self._handlers: dict[signal.Signals, Any] = {}  # what signals did before `listen`
         if ranks.rank() == 0:
             (folder / "recipe.yaml").write_text(as_yaml(recipe))
         self._keys = None
-        if recipe.log.keys:
+        if recipe.log.keys and leads:
             path = folder / f"keys-rank{ranks.rank()}.jsonl"
             cut_after(path, start_step)
             self._keys = path.open("a")
@@ -93,7 +95,7 @@ class Run:
 
     def report_skipped(self, microbatches: Sequence[Batch]) -> None:
         """One line for every sample that this rank could not read."""
-        for batch in microbatches:
+        for batch in microbatches if self.leads else ():
             for line in batch.skipped:
                 tqdm.write(f"skipped: {line}")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.run_kit import command, finish, keys, kill, losses, start, wait_for_step, write_corpus
+from train.main import main
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +110,51 @@ def test_deepspeed_to_local_to_deepspeed(corpus: Path, unbroken: Path, tmp_path:
         finish(start(command(corpus, run, *settings, processes=processes)))
     assert losses(run) == pytest.approx(losses(unbroken), rel=1e-5)
     assert keys(run) == keys(unbroken)
+
+
+def test_megatron_to_local_to_megatron(corpus: Path, unbroken: Path, tmp_path: Path) -> None:
+    """Two pipeline stages, then one plain process, then experts on two ranks that share every pack."""
+    pytest.importorskip("megatron.core", reason="the extra `megatron` is not installed")
+    run = tmp_path / "run"
+    layouts = [
+        (["engine=megatron", "engine.pp=2", "max_steps=4"], 2),
+        (["engine=local", "max_steps=8"], 1),
+        (["engine=megatron", "engine.ep=2", "engine.cp=2"], 2),
+    ]
+    for settings, processes in layouts:
+        output = finish(start(command(corpus, run, *settings, processes=processes)))
+        assert "Warning" not in output, output
+    assert losses(run) == pytest.approx(losses(unbroken), rel=1e-5)
+    assert keys(run) == keys(unbroken)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["engine.tp=2"], "engine.tp=2 does not divide the 1 key-value heads of the thinker"),
+        (["engine.ep=3"], "engine.ep=3 does not divide the 4 experts of the thinker"),
+        (["engine.pp=2"], "does not divide the 1 processes of the run"),
+        (["engine.memory_gb=0.001"], "engine.name=megatron needs 0.0 GB a rank for packs of 96 tokens and has 0.0"),
+        (["engine.dispatcher=deep"], "engine.dispatcher=deep, did you mean 'deepep'"),
+    ],
+)
+def test_layouts_of_megatron_that_cannot_be(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], settings: list[str], message: str
+) -> None:
+    """One line, before a model is made."""
+    arguments = command(corpus, tmp_path / "run", "engine=megatron", *settings)
+    assert main(arguments[arguments.index("recipe=transcribe") :]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and message in error, error
+
+
+def test_another_models_checkpoint_is_refused_before_a_model_is_made(
+    corpus: Path, unbroken: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("train.main.build_engine", lambda setup: pytest.fail("a model was made"))
+    arguments = command(corpus, unbroken, "model.text.moe_intermediate_size=32", "phases.all.steps=13")
+    assert main(arguments[arguments.index("recipe=transcribe") :]) == 2
+    assert "moe_intermediate_size" in capsys.readouterr().err
 
 
 @pytest.mark.slow

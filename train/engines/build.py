@@ -11,6 +11,7 @@ from train import ranks
 from train.engines import Engine
 from train.engines.setup import EngineSetup
 from train.errors import EngineError
+from train.fits import GB, check_fits
 from train.parallel import Layout, check_layout, check_sequence
 
 UNKNOWN_TO_MEGATRON = ("preference", "waveform", "adversarial")
@@ -39,11 +40,33 @@ def layout_of(setup: EngineSetup) -> Layout:
     return Layout(world=ranks.world(), **{name: getattr(engine, name) for name in names})
 
 
+def _check_memory(setup: EngineSetup, layout: Layout) -> None:
+    """Refuse what cannot fit, as the layout advisor counts it."""
+    device, limit = setup.device, setup.engine.memory_gb * GB
+    if device.type == "cuda" and not limit:
+        limit = torch.cuda.get_device_properties(device).total_memory
+    if limit:
+        packs = max(1, setup.sequences_per_step // layout.dp)
+        kernels = "cuda" if device.type == "cuda" else "cpu"
+        share = setup.engine.media_share
+        arguments = setup.sequence_length, packs, setup.loss.max_logits, limit
+        check_fits(setup.model, layout, *arguments, media_share=share, train=_learning(setup), kernels=kernels)
+
+
+def _learning(setup: EngineSetup) -> set[str]:
+    """Which parts of the model the phase trains, as train.engine_state.OWNERS calls them."""
+    named = setup.build_objective(drawn=False).model.named_parameters()
+    names = [name.removeprefix("thinker.") for name, parameter in named if parameter.requires_grad]
+    owners = {"audio_tower": "audio", "visual": "vision", "talker": "talker"}
+    return {owners.get(name.split(".")[0], "decoder") for name in names}
+
+
 def _megatron(setup: EngineSetup) -> Engine:
     layout = layout_of(setup)
     check_layout(setup.model, layout)
     if setup.sequence_length:
         check_sequence(layout, setup.sequence_length)
+        _check_memory(setup, layout)
     if setup.phase.speech in UNKNOWN_TO_MEGATRON:
         raise EngineError(
             f"phases.{setup.phase_name}.speech={setup.phase.speech}: engine.name=megatron cannot; take deepspeed or "

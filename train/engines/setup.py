@@ -51,6 +51,8 @@ class EngineSetup:
     device: torch.device
     sequence_length: int = 0
     """Of the longest pack; 0 where nobody knows."""
+    sequences_per_step: int = 0
+    """Packs of the global batch; 0 where nobody knows."""
 
     @property
     def betas(self) -> tuple[float, float]:
