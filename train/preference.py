@@ -32,9 +32,8 @@ M multimodal rows.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -171,8 +170,7 @@ def logprob_parts(
     """As `sequence_logprobs`, fp32 [N, 2]: of first codes and the end, and of residual codes, 0 where not asked for."""
     positions_N = (plan.targets_P != IGNORE).nonzero().squeeze(1)
     targets_N = plan.targets_P.index_select(0, positions_N)
-    first = partial(_logprobs, target_N=targets_N, max_logits=max_logits)
-    first_N = talker.codec_head(hidden_PD.index_select(0, positions_N), first)
+    first_N = talker.codec_head(hidden_PD.index_select(0, positions_N), chunked_logprobs(targets_N, max_logits))
     none_P = hidden_PD.new_zeros(len(hidden_PD), dtype=torch.float32)
     first_P, residual_P = none_P.index_add(0, positions_N, first_N), none_P
     places_F, codes_GF = plan.frame_places_F - 1, plan.codes_GF  # the positions that predict the frames
@@ -180,16 +178,16 @@ def logprob_parts(
         places_F, codes_GF = places_F[:0], codes_GF[:, :0]
     states_FRD = talker.residual_states(hidden_PD.index_select(0, places_F), codes_GF)
     for r, head in enumerate(talker.code_predictor.lm_head):
-        each = partial(_logprobs, target_N=codes_GF[r + 1], max_logits=max_logits)
-        residual_P = residual_P.index_add(0, places_F, head(states_FRD[:, r], each))
-    return _per_document(torch.stack([first_P, residual_P], 1), plan)
+        each_F = head(states_FRD[:, r], chunked_logprobs(codes_GF[r + 1], max_logits))
+        residual_P = residual_P.index_add(0, places_F, each_F)
+    return per_document(torch.stack([first_P, residual_P], 1), plan)
 
 
 def code_weights(plan: TalkerPlan, residual_weight: float = 0.0) -> Tensor:
     """Codes of each document that `sequence_logprobs` sums, with their weights: fp32 [N]."""
     weights_P = (plan.targets_P != IGNORE).float()
     extra_F = residual_weight * (len(plan.codes_GF) - 1) * torch.ones_like(plan.frame_places_F, dtype=torch.float32)
-    return _per_document(weights_P.index_add(0, plan.frame_places_F - 1, extra_F), plan)
+    return per_document(weights_P.index_add(0, plan.frame_places_F - 1, extra_F), plan)
 
 
 def dpo_sums(logprobs_N: Tensor, reference_N: Tensor, codes_N: Tensor, config: PreferenceConfig) -> dict[str, Tensor]:
@@ -215,14 +213,15 @@ def dpo_sums(logprobs_N: Tensor, reference_N: Tensor, codes_N: Tensor, config: P
     }
 
 
-def _per_document(values_P: Tensor, plan: TalkerPlan) -> Tensor:
+def per_document(values_P: Tensor, plan: TalkerPlan) -> Tensor:
     """Sums over the positions of each document, along the first dimension."""
     sums = [part.sum(0) for part in values_P.split(list(plan.doc_lengths))] if plan.doc_lengths else []
     return torch.stack(sums) if sums else values_P  # an empty pack has no positions either
 
 
-def _logprobs(hidden_ND: Tensor, weight_VD: Tensor, *, target_N: Tensor, max_logits: int) -> Tensor:
-    return _ChunkedLogProbs.apply(hidden_ND, weight_VD, target_N, max_logits)
+def chunked_logprobs(target_N: Tensor, max_logits: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """What turns hidden states [N, D] and an output head [V, D] into the targets' log-probabilities, fp32 [N]."""
+    return lambda hidden_ND, weight_VD: _ChunkedLogProbs.apply(hidden_ND, weight_VD, target_N, max_logits)
 
 
 class _ChunkedLogProbs(torch.autograd.Function):

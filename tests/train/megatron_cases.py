@@ -52,7 +52,7 @@ PHASE_CASES: tuple[tuple[str, dict[str, Any], str], ...] = (
     ("pp2", {"pp": 2}, "fp32"),
     ("ep2", {"ep": 2}, "bf16"),
 )
-WAYS = ("frozen", "cached", "detached", "live", "off")
+WAYS = ("frozen", "cached", "detached", "live", "off", "preference")
 DEEP = 4  # layers of the model for the interleaved schedule
 LATER = 10  # steps after a change of layout
 

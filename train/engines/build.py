@@ -13,8 +13,7 @@ from train.engines.setup import EngineSetup
 from train.errors import EngineError
 from train.fits import GB, check_fits
 from train.parallel import Layout, check_layout, check_sequence
-
-UNKNOWN_TO_MEGATRON = ("preference", "waveform", "adversarial")
+from train.waveform_config import DECODER_PHASES
 
 
 def build_engine(setup: EngineSetup) -> Engine:
@@ -67,10 +66,10 @@ def _megatron(setup: EngineSetup) -> Engine:
     if setup.sequence_length:
         check_sequence(layout, setup.sequence_length)
         _check_memory(setup, layout)
-    if setup.phase.speech in UNKNOWN_TO_MEGATRON:
+    if setup.phase.speech in DECODER_PHASES:
         raise EngineError(
-            f"phases.{setup.phase_name}.speech={setup.phase.speech}: engine.name=megatron cannot; take deepspeed or "
-            "local for this phase, checkpoints go on under any engine"
+            f"phases.{setup.phase_name}.speech={setup.phase.speech}: engine.name=megatron has no part for it; take "
+            "deepspeed or local for this phase: checkpoints go on under any engine"
         )
     if find_spec("megatron") is None:
         raise EngineError("engine.name=megatron needs the package: pip install 'omniloom[megatron]'")

@@ -92,6 +92,7 @@ class MegatronEngine:
             setup.model,
             way,
             getattr(self.objective, "plan", lambda batch: batch.speech),
+            setup.loss.preference,
             torch.bfloat16 if setup.engine.precision == "bf16" else torch.float32,
             stage_of(self.thinker_layers, tap - 1, setup.engine.pp),
         )

@@ -13,7 +13,7 @@ reads, D hidden.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
@@ -28,6 +28,7 @@ from models.talker_inputs import TalkerPlan
 from models.thinker import Features
 from train.engines.megatron.block import Tokens
 from train.engines.megatron.layout import Peers
+from train.preference import PreferenceConfig
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,9 @@ class TalkerPack:
     cut: Cut
     tokens: Tokens
     inputs_TD: Tensor  # of the rows here: a leaf on the first stage
-    purpose: str = field(default="loss", init=False)
+    pairs: tuple[Tensor, PreferenceConfig] | None = (
+        None  # a reference's log-probabilities [N, 2] where documents are pairs
+    )
     losses_K: Tensor | None = None
 
     @classmethod

@@ -39,6 +39,7 @@ from train.encoders import Cuts, audio_cuts, route, vision_cuts
 from train.engines.megatron.packs import Cut
 from train.layout import work_of
 from train.loss import IGNORE, cross_entropy_sum
+from train.preference import chunked_logprobs
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -147,8 +148,20 @@ class Head(nn.Module):
         rows = max(1, self.max_logits // (len(weight_VD) * self.group.size()))
         for start in range(0, len(target_N), rows):
             parts = hidden_ND[start : start + rows], weight_VD, target_N[start : start + rows]
-            total = total + checkpoint(_vocab_parallel_sum, *parts, use_reentrant=False)
+            total = total + checkpoint(_vocab_parallel_losses, *parts, use_reentrant=False).sum()
         return total
+
+    def logprobs(self, hidden_ND: Tensor, target_N: Tensor) -> Tensor:
+        """Log-probabilities of the targets [N], the same on every tensor rank, fp32."""
+        weight_VD = self.linear.weight
+        if self.group.size() == 1:
+            return chunked_logprobs(target_N, self.max_logits)(hidden_ND, weight_VD)
+        rows = max(1, self.max_logits // (len(weight_VD) * self.group.size()))
+        found = [(hidden_ND.float().sum(1) + weight_VD.float().sum()) * 0]
+        for start in range(0, len(target_N), rows):
+            parts = hidden_ND[start : start + rows], weight_VD, target_N[start : start + rows]
+            found.append(checkpoint(_vocab_parallel_losses, *parts, use_reentrant=False))
+        return found[0] - torch.cat(found[1:]) if len(found) > 1 else found[0]
 
     @torch.no_grad()
     def logits(self, hidden_ND: Tensor) -> Tensor:
@@ -173,9 +186,9 @@ class Head(nn.Module):
         return found
 
 
-def _vocab_parallel_sum(hidden_CD: Tensor, weight_VD: Tensor, target_C: Tensor) -> Tensor:
+def _vocab_parallel_losses(hidden_CD: Tensor, weight_VD: Tensor, target_C: Tensor) -> Tensor:
     logits_C1V = F.linear(hidden_CD, weight_VD).float().unsqueeze(1)
-    return vocab_parallel_cross_entropy(logits_C1V, target_C.unsqueeze(1)).sum()
+    return vocab_parallel_cross_entropy(logits_C1V, target_C.unsqueeze(1)).squeeze(1)
 
 
 def shell(talker: Talker) -> Talker:

@@ -2,7 +2,7 @@
 
     off        Thinker forward and backward
     detached   Thinker forward and backward, tapped on the way; Talker forward and backward
-    frozen     Thinker forward up to the tap; Talker forward and backward
+    frozen     Thinker forward up to the tap; Talker forward and backward; preference, the same on pairs
     cached     Talker forward and backward
     live       Thinker forward up to the tap; Talker forward and backward; Thinker forward and backward with the
                Talker's gradient put in at the tap and at the embedding
@@ -28,13 +28,14 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from data.types import Batch
+from data.types import Batch, SpeechPairs
 from models.config import ThinkerConfig
 from models.omni_config import OmniConfig
 from models.talker_inputs import TalkerPlan, multimodal_rows, talker_inputs
 from train.engines.megatron.layout import Peers
 from train.engines.megatron.packs import Cut, TalkerPack, ThinkerPack
 from train.engines.megatron.stages import Share
+from train.preference import PreferenceConfig, media_counts, twice
 
 Chunks = Sequence[Any]  # Megatron's DistributedDataParallel around stages: their attributes lie in `.module`
 
@@ -83,12 +84,13 @@ class Passes:
         model: ThinkerConfig | OmniConfig,
         way: str,
         plan: Callable[[Batch], TalkerPlan],
+        preference: PreferenceConfig,
         dtype: torch.dtype,
         tap_stage: int,
     ) -> None:
         """`plan` says what the Talker is to say of a batch; `tap_stage` holds the layer that it reads."""
         self.parts, self.peers, self.model, self.way, self.plan = parts, peers, model, way, plan
-        self.dtype, self.tap_stage = dtype, tap_stage
+        self.preference, self.dtype, self.tap_stage = preference, dtype, tap_stage
         talker = model.talker if isinstance(model, OmniConfig) else None
         self.text = model.thinker.text if isinstance(model, OmniConfig) else model.text
         self.tap = talker.accept_hidden_layer if talker is not None and way != "off" else 0
@@ -100,7 +102,7 @@ class Passes:
         if self.way in ("off", "detached"):
             thought = self.think(self.packs(batches), think)
         if self.way != "off":
-            heard = self.listen(batches) if self.way in ("frozen", "live") else thought
+            heard = self.listen(batches) if self.way in ("frozen", "live", "preference") else thought
             spoken = self.talk(batches, heard, speak)
         if self.way == "live":
             thought = self.think(self._with_gradients(batches, spoken), think)
@@ -205,6 +207,10 @@ class Passes:
             pack.tokens.tapped_TD = None
             media_MH = torch.zeros(len(rows_M), width, dtype=self.dtype, device=device)
             media_MH = self._send(tapped, media_MH, self.tap_stage, self.last)
+        pairs = None
+        if self.way == "preference":
+            media_MH = twice(media_MH, media_counts(plan))
+            pairs = _reference(batch), self.preference
         cut = Cut.of(sum(plan.doc_lengths), self.peers, device, least)
         talker, made_TD = self.model.talker.text, None
         inputs_TD = torch.zeros(len(cut.rows_T), talker.hidden_size, dtype=self.dtype, device=device)
@@ -213,7 +219,9 @@ class Passes:
             made_PD = talker_inputs(self.parts.front.module.talker, plan, text_XH, media_MH)
             made_TD = cut.pad(made_PD, dim=0).index_select(0, cut.rows_T)
         inputs_TD = self._send(None if made_TD is None else made_TD.detach(), inputs_TD, self.last, 0).requires_grad_()
-        return _Spoken(TalkerPack.of(plan, talker, cut, inputs_TD), rows_M, text_XH, media_MH, made_TD)
+        spoken = TalkerPack.of(plan, talker, cut, inputs_TD)
+        spoken.pairs = pairs
+        return _Spoken(spoken, rows_M, text_XH, media_MH, made_TD)
 
     def _with_gradients(self, batches: Sequence[Batch], spoken: Sequence[_Spoken]) -> list[ThinkerPack]:
         """Packs that give the Thinker the Talker's gradient, at the tap and at the embedding."""
@@ -236,6 +244,11 @@ class Passes:
             grad_TD = media_grad_MH.new_zeros(len(pack.cut.rows_T), media_grad_MH.shape[1])
             pack.tokens.tap_grad_TD = grad_TD.index_copy(0, places, media_grad_MH.index_select(0, which))
         return packs
+
+
+def _reference(batch: Batch) -> Tensor:
+    """What the reference found for a batch's pairs, [N, 2]; a batch without tokens has none."""
+    return batch.speech.logprobs_N2 if isinstance(batch.speech, SpeechPairs) else batch.mel_FM.new_empty(0, 2)
 
 
 def _as_loss(out: Tensor) -> tuple[Tensor, Tensor, None]:

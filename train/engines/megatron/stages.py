@@ -31,6 +31,7 @@ from train.engines.megatron.block import BalancedRouter, GroupedExperts, block_s
 from train.engines.megatron.layout import Peers
 from train.engines.megatron.packs import TalkerPack, ThinkerPack
 from train.engines.megatron.parts import Encoders, Head, embedding, made, residual_sums
+from train.engines.megatron.preference import preference_sums
 from train.recipe import EngineConfig
 
 Share = Callable[[Tensor], Tensor]  # sums of the terms [K] -> share of the global loss
@@ -166,6 +167,10 @@ class TalkerStage(Stage):
             return hidden
         assert front is not None
         cut, plan = pack.cut, pack.plan
+        if pack.pairs is not None:
+            losses_K = preference_sums(self.head, front, hidden.squeeze(1), pack)
+            pack.losses_K = losses_K.detach() * (cut.peers.tp_cp.rank() == 0)
+            return share(losses_K)
         labels_S = cut.pad(plan.targets_P, -100)[cut.rows_S]
         first = self.head(cut.gather_tensor(hidden.squeeze(1)), labels_S)
         residual_R = residual_sums(front, hidden.squeeze(1), plan, cut, self.head.max_logits)
