@@ -145,7 +145,7 @@ class EngineConfig:
     transformer_engine: bool = False
     """megatron: linear maps and norms of TransformerEngine, where that package is installed."""
     overlap: bool = False
-    """megatron: reduce gradients while the backward goes on."""
+    """megatron: reduce gradients while the backward goes on, gather weights while the forward does."""
     offload: bool = False
     """deepspeed: optimizer state in host memory."""
     share_encoders: bool = True

@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from data.types import Batch
-from models.config import ThinkerConfig
+from models.omni_config import OmniConfig
 from tests.train import engine_cases as cases
 from tests.train import speech_cases
 from train import ranks
@@ -46,6 +45,10 @@ MORE_OF_FOUR: dict[str, dict[str, Any]] = {
     "cp4": {"cp": 4},
     "ep2-expert_tp2": {"ep": 2, "expert_tp": 2},
     "pp2-ep2-overlap": {"pp": 2, "ep": 2, "overlap": True, "recompute_layers": True},
+}
+SPEECH_OF_FOUR: dict[str, dict[str, Any]] = {
+    "tp2-pp2": {"tp": 2, "pp": 2},
+    "pp2-cp2-overlap": {"pp": 2, "cp": 2, "overlap": True, "recompute_layers": True},
 }
 PHASE_CASES: tuple[tuple[str, dict[str, Any], str], ...] = (
     ("tp2", {"tp": 2}, "fp32"),
@@ -163,26 +166,33 @@ def unused_expert() -> list[str]:
 def deeper(setup: EngineSetup) -> EngineSetup:
     """With layers for two chunks on each of two stages."""
     model = setup.model
-    assert isinstance(model, ThinkerConfig)
+    if isinstance(model, OmniConfig):
+        assert model.talker is not None
+        talker = replace(model.talker, text=replace(model.talker.text, num_hidden_layers=DEEP))
+        thinker = replace(model.thinker, text=replace(model.thinker.text, num_hidden_layers=DEEP))
+        return replace(setup, model=replace(model, thinker=thinker, talker=talker))
     return replace(setup, model=replace(model, text=replace(model.text, num_hidden_layers=DEEP)))
 
 
-def interleaved() -> list[list[list[float]]]:
-    """Losses and norms under 1F1B and under the interleaved schedule, which pads micro-batches to pairs."""
-    out = []
+def interleaved() -> dict[str, Any]:
+    """Rows under 1F1B and under the interleaved schedule, which fills up micro-batches to pairs."""
+    thinker, talker = [], []
     for settings in ({"pp": 2}, {"pp": 2, "interleave": 2}, {"pp": 2, "interleave": 2, "overlap": True}):
         engine = build_engine(deeper(cases.setup("megatron", **settings)))
-        out.append(cases.train(engine, 0, cases.STEPS))
+        thinker.append(cases.train(engine, 0, cases.STEPS))
+        engine.close()
+        engine = build_engine(deeper(speech_cases.setup("megatron", "live", **settings)))
+        talker.append(speech_cases.train(engine))
         engine.close()
     ranks.stop()
-    return out
+    return {"thinker": thinker, "talker": talker}
 
 
 def speech(world: int) -> dict[str, Any]:
     """Rows and the whole state of every way under this number of processes' layouts."""
     out: dict[str, Any] = {}
     for way in WAYS:
-        for name, degrees in (TWO if world == 2 else FOUR).items():
+        for name, degrees in (TWO if world == 2 else FOUR | SPEECH_OF_FOUR).items():
             engine = build_engine(speech_cases.setup("megatron", way, **degrees))
             rows, state = speech_cases.train(engine), speech_cases.gather(engine)
             kept = {key: values.tolist() for key, values in state.items() if "talker.model.layers.1" in key}
@@ -190,8 +200,3 @@ def speech(world: int) -> dict[str, Any]:
             engine.close()
     ranks.stop()
     return out
-
-
-def empty_batches(engine: Engine) -> list[Batch]:
-    """A step without a token anywhere."""
-    return [Batch.empty(cases.MELS)]

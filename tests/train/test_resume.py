@@ -112,17 +112,18 @@ def test_deepspeed_to_local_to_deepspeed(corpus: Path, unbroken: Path, tmp_path:
     assert keys(run) == keys(unbroken)
 
 
-def test_megatron_to_local_to_megatron(corpus: Path, unbroken: Path, tmp_path: Path) -> None:
-    """Two pipeline stages, then one plain process, then experts on two ranks that share every pack."""
+def test_megatron_to_local_to_megatron(corpus: Path, tmp_path: Path) -> None:
+    """Tensor parallel, then one plain process, then experts on two ranks that share every pack."""
     pytest.importorskip("megatron.core", reason="the extra `megatron` is not installed")
-    run = tmp_path / "run"
+    run, unbroken, heads = tmp_path / "run", tmp_path / "unbroken", "model.text.num_key_value_heads=2"
+    finish(start(command(corpus, unbroken, heads)))
     layouts = [
-        (["engine=megatron", "engine.pp=2", "max_steps=4"], 2),
+        (["engine=megatron", "engine.tp=2", "max_steps=4"], 2),
         (["engine=local", "max_steps=8"], 1),
         (["engine=megatron", "engine.ep=2", "engine.cp=2"], 2),
     ]
     for settings, processes in layouts:
-        output = finish(start(command(corpus, run, *settings, processes=processes)))
+        output = finish(start(command(corpus, run, heads, *settings, processes=processes)))
         assert "Warning" not in output, output
     assert losses(run) == pytest.approx(losses(unbroken), rel=1e-5)
     assert keys(run) == keys(unbroken)

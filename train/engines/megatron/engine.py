@@ -72,7 +72,10 @@ class MegatronEngine:
         shapes = {name: tuple(parameter.shape) for name, parameter in named.items()}
         overlap = setup.engine.overlap
         ddp = DistributedDataParallelConfig(
-            use_distributed_optimizer=True, grad_reduce_in_fp32=True, overlap_grad_reduce=overlap
+            use_distributed_optimizer=True,
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=overlap,
+            overlap_param_gather=overlap,
         )
         self.parts = built.parts.wrapped(partial(_wrapped, ddp))
         self.optimizer: Any = get_megatron_optimizer(
@@ -259,6 +262,7 @@ def _optimizer_config(setup: EngineSetup) -> OptimizerConfig:
         bf16=bf16,
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         use_distributed_optimizer=True,
+        overlap_param_gather=setup.engine.overlap,
         clip_grad=setup.optim.clip,
     )
 
