@@ -150,7 +150,13 @@ def engine_setup(recipe: Recipe, model: ThinkerConfig | OmniConfig, span: Span, 
     """What a phase's engine is built from."""
     longest = span.phase.sequence_length or recipe.data.sequence_length
     parts = recipe.engine, recipe.optim, recipe.loss, span.phase, span.name, recipe.seed, device
-    return EngineSetup(model, *parts, sequence_length=longest, sequences_per_step=recipe.data.sequences_per_step)
+    return EngineSetup(
+        model,
+        *parts,
+        sequence_length=longest,
+        sequences_per_step=recipe.data.sequences_per_step,
+        evaluates=bool(recipe.eval.sets),
+    )
 
 
 def stored_state(recipe: Recipe, setup: EngineSetup, manifest: Manifest | None) -> StateReader | None:

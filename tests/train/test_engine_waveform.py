@@ -5,6 +5,7 @@ Segments have many lengths, every rank lacks some in some step, and discriminato
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ import torch
 
 from tests.distributed import spawn
 from tests.train import waveform_cases as cases
+from train.engines.build import build_engine
+from train.errors import EngineError
 
 pytest.importorskip("deepspeed", reason="the extra `deepspeed` is not installed")
 
@@ -45,11 +48,16 @@ def test_what_each_way_reports(way: str, local: dict[str, Any]) -> None:
     assert local[way]["again"] == local[way]["after"]
 
 
-@pytest.mark.parametrize("zero", cases.ZEROS)
+def test_megatron_has_nobody_to_evaluate() -> None:
+    with pytest.raises(EngineError, match="set eval.sets={} or take another engine"):
+        build_engine(replace(cases.setup("megatron", "waveform"), evaluates=True))
+
+
+@pytest.mark.parametrize("name", [*(f"zero{zero}" for zero in cases.ZEROS), "megatron"])
 @pytest.mark.parametrize("way", cases.WAYS)
-def test_layouts_equal_local(way: str, zero: int, local: dict[str, Any], sharded: list[dict[str, Any]]) -> None:
+def test_layouts_equal_local(way: str, name: str, local: dict[str, Any], sharded: list[dict[str, Any]]) -> None:
     for rank in (0, 1):
-        found = sharded[rank][f"zero{zero}"][way]
+        found = sharded[rank][name][way]
         assert_close(found["rows"], local[way]["rows"])
         assert_close(found["after"], local[way]["after"], rtol=2e-5)
         assert_close(found["again"], local[way]["after"], rtol=2e-5)

@@ -78,7 +78,7 @@ def train(engine: Engine, first: int = 0, last: int = STEPS) -> list[list[float]
     rows = []
     for step in range(first, last):
         halves = SPLITS[step % len(SPLITS)]
-        mine = halves[ranks.rank()] if ranks.world() > 1 else halves[0] + halves[1]
+        mine = halves[engine.shard.index] if engine.shard.count > 1 else halves[0] + halves[1]
         stats = engine.train_step([pack(step, indices) for indices in mine], LR)
         rows.append([stats.loss, *stats.terms.values(), stats.grad_norm, stats.num_tokens, stats.num_targets])
     return rows
@@ -106,12 +106,12 @@ def gather(engine: Engine, way: str) -> State:
     return state
 
 
-def run(name: str, zero: int = 2) -> dict[str, Any]:
+def run(name: str, zero: int = 2, **settings: Any) -> dict[str, Any]:
     """Steps of both ways, the second from the state of the first, and a step after a restore in between."""
     out: dict[str, Any] = {}
     state: State | None = None
     for way in WAYS:
-        engine = build_engine(setup(name, way, zero))
+        engine = build_engine(setup(name, way, zero, **settings))
         if state is not None:  # which has no discriminators: they begin anew
             engine.restore(state, optimizer_step=0)
         rows = train(engine)
@@ -127,7 +127,8 @@ def run(name: str, zero: int = 2) -> dict[str, Any]:
 
 
 def two_processes() -> dict[str, Any]:
-    """All stages of ZeRO, in one start of the processes."""
+    """All stages of ZeRO, and Megatron, in one start of the processes."""
     out = {f"zero{zero}": run("deepspeed", zero) for zero in ZEROS}
+    out["megatron"] = run("megatron", tp=2)  # which a phase of the decoder does not heed
     ranks.stop()
     return out

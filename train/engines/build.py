@@ -63,13 +63,13 @@ def _learning(setup: EngineSetup) -> set[str]:
 def _megatron(setup: EngineSetup) -> Engine:
     layout = layout_of(setup)
     check_layout(setup.model, layout)
-    if setup.sequence_length:
+    if setup.sequence_length and setup.phase.speech not in DECODER_PHASES:
         check_sequence(layout, setup.sequence_length)
         _check_memory(setup, layout)
-    if setup.phase.speech in DECODER_PHASES:
+    if setup.phase.speech in DECODER_PHASES and setup.evaluates:
         raise EngineError(
-            f"phases.{setup.phase_name}.speech={setup.phase.speech}: engine.name=megatron has no part for it; take "
-            "deepspeed or local for this phase: checkpoints go on under any engine"
+            f"phases.{setup.phase_name}.speech={setup.phase.speech}: under engine.name=megatron only the waveform "
+            "decoder is made, and nobody answers evaluations: set eval.sets={} or take another engine for this phase"
         )
     if find_spec("megatron") is None:
         raise EngineError("engine.name=megatron needs the package: pip install 'omniloom[megatron]'")

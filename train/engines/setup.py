@@ -53,6 +53,8 @@ class EngineSetup:
     """Of the longest pack; 0 where nobody knows."""
     sequences_per_step: int = 0
     """Packs of the global batch; 0 where nobody knows."""
+    evaluates: bool = False
+    """Whether the run has sets to evaluate on."""
 
     @property
     def betas(self) -> tuple[float, float]:
@@ -112,8 +114,9 @@ class Drawn:
 
     step = 0
 
-    def __init__(self, setup: EngineSetup) -> None:
-        self._setup, self._kept = setup, OrderedDict[str, Tensor]()
+    def __init__(self, setup: EngineSetup, given: Mapping[str, Tensor]) -> None:
+        """`given` are weights that no rule draws."""
+        self._setup, self._kept, self._given = setup, OrderedDict[str, Tensor](), given
 
     def kinds(self, name: str) -> frozenset[str]:
         """Every parameter has a weight."""
@@ -121,6 +124,8 @@ class Drawn:
 
     def read(self, kind: str, name: str, shape: Sequence[int], start: int, length: int) -> Tensor:
         """Elements [start, start + length) of the flat tensor, fp32."""
+        if name in self._given:
+            return self._given[name].cpu().reshape(-1)[start : start + length]
         if name not in self._kept:
             self._kept[name] = whole = torch.empty(tuple(shape))
             init_tensor(name, whole, self._setup.seed, init_scale(self._setup.model, name))

@@ -19,11 +19,13 @@ from train.engines.megatron.layout import Peers, decoder_config
 from train.engines.megatron.parts import made, shell
 from train.engines.megatron.passes import Parts
 from train.engines.megatron.stages import TalkerStage, ThinkerStage
+from train.engines.megatron.waveform import WaveStage, undivided
 from train.engines.megatron.weights import Degrees, Placed, place_parameters
 from train.engines.setup import AnyObjective, EngineSetup
 from train.errors import EngineError
 from train.speech import SpeechObjective
 from train.stages import stage_layers, stages_of
+from train.waveform import WaveformObjective
 
 
 class Front(MegatronModule):
@@ -39,12 +41,11 @@ class Front(MegatronModule):
 
 @dataclass(frozen=True)
 class Built:
-    """Parts before they are wrapped, where their parameters belong, and layers of each chunk in pipeline order."""
+    """Parts before they are wrapped, where their parameters belong, and layers of each of the Thinker's chunks."""
 
     parts: Any  # Parts of modules
     placed: dict[nn.Parameter, Placed]
     thinker_layers: list[int]
-    talker_layers: list[int]
 
 
 def build_parts(setup: EngineSetup, objective: AnyObjective, peers: Peers) -> Built:
@@ -60,12 +61,12 @@ def build_parts(setup: EngineSetup, objective: AnyObjective, peers: Peers) -> Bu
     degrees = Degrees.here()
     for stage in thinker:
         placed |= place_parameters(stage, prefix, text, degrees, _numbers(stage))
-    talker, front, talker_layers = [], None, []
+    talker, front = [], None
     if omni is not None and omni.talker is not None and isinstance(objective, SpeechObjective):
         speech = omni.talker.text
-        talker_layers = stage_layers(speech.num_hidden_layers, engine.pp, engine.interleave)
-        config = decoder_config(speech, engine, talker_layers, setup.device)
-        talker = [TalkerStage(speech, config, engine, talker_layers, peers, chunk, limit) for chunk in chunks]
+        through = stage_layers(speech.num_hidden_layers, engine.pp, engine.interleave)
+        config = decoder_config(speech, engine, through, setup.device)
+        talker = [TalkerStage(speech, config, engine, through, peers, chunk, limit) for chunk in chunks]
         for stage in talker:
             placed |= place_parameters(stage, "talker.", speech, degrees, _numbers(stage))
         if peers.is_last:
@@ -75,7 +76,23 @@ def build_parts(setup: EngineSetup, objective: AnyObjective, peers: Peers) -> Bu
             placed |= place_parameters(front, "", speech, degrees, {})
     _set_flags(placed, dict(objective.model.named_parameters()))
     parts = Parts(thinker, talker, front)  # type: ignore[arg-type]
-    return Built(parts, placed, layers, talker_layers)
+    return Built(parts, placed, layers)
+
+
+def build_waveform(setup: EngineSetup, objective: WaveformObjective) -> Built:
+    """Make the waveform decoder and, where it has one, its adversary. The decoder's weights are unset."""
+    engine = undivided(setup.engine)
+    text = setup.thinker.text
+    config = decoder_config(text, engine, [text.num_hidden_layers], setup.device)
+    flags = {name: parameter.requires_grad for name, parameter in objective.model.named_parameters()}
+    objective.code2wav.to_empty(device=setup.device)
+    if objective.adversary is not None:
+        objective.adversary.to(setup.device)
+    stage = WaveStage(objective, config)
+    placed = place_parameters(stage, "", text, Degrees.here(), {})
+    for name, parameter in stage.named_parameters():
+        parameter.requires_grad_(flags[name])
+    return Built(Parts((), (), stage), placed, [text.num_hidden_layers])
 
 
 def _numbers(stage: Any) -> dict[int, int]:

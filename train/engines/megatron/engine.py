@@ -35,16 +35,18 @@ from train import ranks
 from train.engines import VALUE, Fragment, Shard, StateReader, StepStats
 from train.engines.megatron import answers
 from train.engines.megatron.block import BalancedRouter
-from train.engines.megatron.build import Built, build_parts
+from train.engines.megatron.build import Built, build_parts, build_waveform
 from train.engines.megatron.cpu import on_this
 from train.engines.megatron.layout import Peers, stage_of
 from train.engines.megatron.passes import Passes
 from train.engines.megatron.state import State, own_parts
+from train.engines.megatron.waveform import WavePasses, undivided
 from train.engines.setup import AnyObjective, Drawn, EngineSetup, first_shares, read_shares, stats_of
 from train.errors import EngineError
 from train.loss import Totals, next_share
 from train.optim import group_of
 from train.speech import SpeechObjective
+from train.waveform import ADVERSARY, WaveformObjective
 
 
 class MegatronEngine:
@@ -62,12 +64,12 @@ class MegatronEngine:
 
     def _build(self, setup: EngineSetup) -> None:
         self.objective: AnyObjective = setup.build_objective(drawn=False)  # names and flags; weights are in the stages
-        self.peers = Peers.form(setup.engine, setup.device)
+        alone = self.objective if isinstance(self.objective, WaveformObjective) else None
+        self.peers = Peers.form(undivided(setup.engine) if alone else setup.engine, setup.device)
         data = self.peers.data
         self.shard = Shard(data.rank(), data.size(), leads=self.peers.leads)
         self.is_main = ranks.rank() == 0
-        built: Built = build_parts(setup, self.objective, self.peers)
-        self.thinker_layers, self.talker_layers = built.thinker_layers, built.talker_layers
+        built = build_waveform(setup, alone) if alone else build_parts(setup, self.objective, self.peers)
         named = dict(self.objective.model.named_parameters())
         shapes = {name: tuple(parameter.shape) for name, parameter in named.items()}
         overlap = setup.engine.overlap
@@ -86,10 +88,16 @@ class MegatronEngine:
         )
         frozen = own_parts([n for n, p in named.items() if not p.requires_grad], shapes, ranks.rank(), ranks.world())
         self.state = State(self.parts.all, self.optimizer, built.placed, shapes, frozen)
+        self.passes = WavePasses(self.parts) if alone else self._passes(setup, built)
+        self.shares = first_shares(self.objective, self.device)
+        given = {name: p.detach().float() for name, p in named.items() if name.startswith(f"{ADVERSARY}.")}
+        self.state.restore(Drawn(setup, given), optimizer_step=0)
+
+    def _passes(self, setup: EngineSetup, built: Built) -> Passes:
         way = setup.phase.speech if isinstance(self.objective, SpeechObjective) else "off"
         talker = getattr(setup.model, "talker", None)
         tap = talker.accept_hidden_layer if talker is not None else 1
-        self.passes = Passes(
+        return Passes(
             self.parts,
             self.peers,
             setup.model,
@@ -97,10 +105,8 @@ class MegatronEngine:
             getattr(self.objective, "plan", lambda batch: batch.speech),
             setup.loss.preference,
             torch.bfloat16 if setup.engine.precision == "bf16" else torch.float32,
-            stage_of(self.thinker_layers, tap - 1, setup.engine.pp),
+            stage_of(built.thinker_layers, tap - 1, setup.engine.pp),
         )
-        self.shares = first_shares(self.objective, self.device)
-        self.state.restore(Drawn(setup), optimizer_step=0)
 
     def train_step(self, microbatches: Sequence[Batch], lr: float) -> StepStats:
         """See train.engines.Engine."""
@@ -166,7 +172,7 @@ class MegatronEngine:
             raise EngineError("the loss is not finite; the update was not made")
         losses_K, *flat = everything.split([terms, *(count.numel() for count in counts)])
         balance, found = 0.0, []
-        for values, share_LE, tokens in zip(flat, self.shares, totals.tokens, strict=True):
+        for values, share_LE, tokens in zip(flat, self.shares, totals.tokens[: len(flat)], strict=True):
             count_LE, prob_LE = values.view(2, *share_LE.shape)
             pull = (share_LE.cpu().double() * prob_LE).sum() / len(share_LE)
             balance += share_LE.shape[1] * float(pull) / max(1, tokens)
@@ -194,11 +200,13 @@ class MegatronEngine:
 
     def eval_step(self, batch: Batch) -> Mapping[str, float]:
         """See train.engines.Engine."""
+        assert isinstance(self.passes, Passes), "a phase of the waveform decoder evaluates nothing"
         with self._megatron(), self._evaluating():
             return answers.sums_of(self.passes, batch.to(self.device))
 
     def generate(self, batch: Batch, max_new_tokens: int, stop_id: int) -> list[list[int]]:
         """See train.engines.Engine."""
+        assert isinstance(self.passes, Passes), "a phase of the waveform decoder evaluates nothing"
         with self._megatron(), self._evaluating():
             return answers.continue_greedily(
                 self.passes,

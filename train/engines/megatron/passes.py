@@ -149,7 +149,7 @@ class Passes:
         learns = arguments[0] is not None
 
         def forward_step(packs: Any, chunk: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
-            return chunk(next(packs), *arguments), _as_loss
+            return chunk(next(packs), *arguments), as_loss
 
         with nullcontext() if learns else torch.no_grad():
             get_forward_backward_func()(
@@ -251,6 +251,6 @@ def _reference(batch: Batch) -> Tensor:
     return batch.speech.logprobs_N2 if isinstance(batch.speech, SpeechPairs) else batch.mel_FM.new_empty(0, 2)
 
 
-def _as_loss(out: Tensor) -> tuple[Tensor, Tensor, None]:
+def as_loss(out: Tensor) -> tuple[Tensor, Tensor, None]:
     """As a schedule wants it: the loss, a count that is not used, nothing to log."""
     return out, torch.zeros((), dtype=torch.int, device=out.device), None
