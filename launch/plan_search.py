@@ -83,7 +83,7 @@ def layouts(engine: str, question: Question) -> Iterator[Layout]:
     options |= {name: (value,) for name, value in question.fixed.items()}
     for values in product(*options.values()):
         chosen = dict(zip(options, values, strict=True))
-        layout = Layout(engine, size, question.precision, **chosen)  # type: ignore[arg-type]
+        layout = Layout(engine, question.precision, world=size, **chosen)  # type: ignore[arg-type]
         if layout.recompute and layout.recompute_layers:
             continue  # whole layers hold the experts
         if engine == "deepspeed" and layout.recompute and layout.ep > 1:
@@ -172,7 +172,7 @@ def why_nothing(question: Question, counts: Mapping[str, int]) -> EngineError:
 
 def why_none(question: Question, engine: str) -> str:
     """Why no layout of an engine can be."""
-    plain = Layout(engine, question.gpus, question.precision)
+    plain = Layout(engine, question.precision, world=question.gpus)
     for names in (*[(name,) for name in question.fixed], tuple(question.fixed)):
         try:
             check(question, replace(plain, **{name: question.fixed[name] for name in names}))  # type: ignore[arg-type]

@@ -21,34 +21,41 @@ ENGINES = ("local", "deepspeed", "megatron")
 
 
 @dataclass(frozen=True)
-class Layout:
-    """An engine's settings as far as they decide what lies where; named as in a recipe, under `engine.`."""
+class Degrees:
+    """The settings of an engine that decide what lies where."""
 
     name: str = "local"
-    world: int = 1
-    """Processes, one a GPU."""
+    """local (one process), deepspeed or megatron (docs/engines.md)."""
     precision: str = "fp32"
     """fp32, or bf16 with fp32 master weights."""
     zero: int = 2
-    """deepspeed: ZeRO stage."""
+    """deepspeed: ZeRO stage 1, 2 or 3."""
+    offload: bool = False
+    """deepspeed: optimizer state in host memory."""
     ep: int = 1
-    """Expert parallel degree."""
+    """deepspeed, megatron: expert parallel degree; must divide the experts and the processes."""
     tp: int = 1
-    """megatron: tensor parallel degree, always with sequence parallelism."""
+    """megatron: tensor parallel degree, always with sequence parallelism; must divide the heads."""
     pp: int = 1
     """megatron: pipeline stages."""
     cp: int = 1
-    """megatron: context parallel degree."""
+    """megatron: context parallel degree: ranks that share a pack's tokens."""
     expert_tp: int = 1
     """megatron: tensor parallel degree of the experts."""
     interleave: int = 1
     """megatron: model chunks of a rank in the interleaved pipeline schedule; 1 is 1F1B."""
     recompute: bool = False
-    """The experts' activations are recomputed in backward."""
+    """Recompute the experts' activations in backward instead of keeping them."""
     recompute_layers: bool = False
-    """megatron: those of whole decoder layers are."""
-    offload: bool = False
-    """deepspeed: optimizer state in host memory."""
+    """megatron: recompute whole decoder layers in backward."""
+
+
+@dataclass(frozen=True)
+class Layout(Degrees):
+    """Degrees on a number of processes."""
+
+    world: int = 1
+    """Processes, one a GPU."""
 
     @property
     def replica(self) -> int:

@@ -27,6 +27,7 @@ from data.mixture import Mixture
 from models.config import AudioConfig, TextConfig, VisionConfig
 from models.omni_config import Code2WavConfig, TalkerConfig
 from train.errors import RecipeError
+from train.parallel import ENGINES, Degrees
 from train.preference import PreferenceConfig
 from train.typed import build, nearest, paths
 from train.waveform_config import DECODER_PHASES, WaveformConfig
@@ -114,29 +115,14 @@ class LossConfig:
 
 
 @dataclass(frozen=True)
-class EngineConfig:
-    """What runs the optimizer step."""
+class EngineConfig(Degrees):
+    """What runs the optimizer step: beside its degrees."""
 
-    name: str = "local"
-    """local (one process), deepspeed or megatron."""
     device: str = "auto"
     """auto, cpu or cuda."""
-    precision: str = "fp32"
-    """fp32, or bf16 with fp32 master weights."""
-    zero: int = 2
-    """deepspeed: ZeRO stage 1, 2 or 3."""
-    ep: int = 1
-    """deepspeed, megatron: expert parallel degree; must divide the experts and the processes."""
-    tp: int = 1
-    """megatron: tensor parallel degree, always with sequence parallelism; must divide the heads."""
-    pp: int = 1
-    """megatron: pipeline stages."""
-    cp: int = 1
-    """megatron: context parallel degree: ranks that share a pack's tokens."""
-    expert_tp: int = 1
-    """megatron: tensor parallel degree of the experts."""
-    interleave: int = 1
-    """megatron: model chunks of a rank in the interleaved pipeline schedule; 1 is 1F1B."""
+    share_encoders: bool = True
+    """deepspeed: deal the media of a step over the ranks evenly, whatever rank their documents are on. The encoders'
+    activations of a whole step are held then; false encodes micro-batch by micro-batch, each rank its own."""
     media_share: float = 0.25
     """megatron: of a pack's tokens, how many are thought to be media when layers are dealt to pipeline stages: the
     first stage has the encoders too, and gets so many layers fewer."""
@@ -146,15 +132,6 @@ class EngineConfig:
     """megatron: linear maps and norms of TransformerEngine, where that package is installed."""
     overlap: bool = False
     """megatron: reduce gradients while the backward goes on, gather weights while the forward does."""
-    offload: bool = False
-    """deepspeed: optimizer state in host memory."""
-    share_encoders: bool = True
-    """deepspeed: deal the media of a step over the ranks evenly, whatever rank their documents are on. The encoders'
-    activations of a whole step are held then; false encodes micro-batch by micro-batch, each rank its own."""
-    recompute: bool = False
-    """Recompute the experts' activations in backward instead of keeping them."""
-    recompute_layers: bool = False
-    """megatron: recompute whole decoder layers in backward."""
     memory_gb: float = 0.0
     """megatron: memory that a rank may take; a layout that needs more (docs/plan.md) is refused before a model is made.
     0 is the GPU's own; on a CPU, no limit."""
@@ -347,7 +324,7 @@ def _check_decoder(where: str, recipe: Recipe) -> None:
 
 def _validate(recipe: Recipe) -> None:
     """What types cannot say. Checks that need other parts (tokenizer, ranks) live with those parts."""
-    _one_of("engine.name", recipe.engine.name, ("local", "deepspeed", "megatron"))
+    _one_of("engine.name", recipe.engine.name, ENGINES)
     _one_of("engine.dispatcher", recipe.engine.dispatcher, ("alltoall", "deepep"))
     _one_of("engine.device", recipe.engine.device, ("auto", "cpu", "cuda"))
     _one_of("engine.precision", recipe.engine.precision, ("fp32", "bf16"))

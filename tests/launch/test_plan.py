@@ -104,13 +104,13 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_published_exchange() -> None:
     """Qwen3-30B-A3B: 6.29 MB a token over 48 layers, forward and backward, without deduplication."""
-    found = expert_exchange(QWEN3, Layout("megatron", 16, "bf16", ep=16), tokens=4096, per_node=8)
+    found = expert_exchange(QWEN3, Layout("megatron", "bf16", world=16, ep=16), tokens=4096, per_node=8)
     assert found.token == 48 * 4 * 8 * 2048 * 2 == pytest.approx(6.29e6, rel=1e-3)
     assert found.leaving == pytest.approx(found.token * 15 / 16) and found.nodes == pytest.approx(found.token / 2)
     assert found.step == pytest.approx(found.leaving * 4096)
-    inside = expert_exchange(QWEN3, Layout("megatron", 16, "bf16", ep=8), tokens=4096, per_node=8)
+    inside = expert_exchange(QWEN3, Layout("megatron", "bf16", world=16, ep=8), tokens=4096, per_node=8)
     assert inside.nodes == 0.0
-    assert expert_exchange(QWEN3, Layout("megatron", 16, "bf16"), tokens=4096, per_node=8).leaving == 0.0
+    assert expert_exchange(QWEN3, Layout("megatron", "bf16", world=16), tokens=4096, per_node=8).leaving == 0.0
 
 
 def test_bubble() -> None:
@@ -123,10 +123,10 @@ def test_more_of_what_costs_costs_more() -> None:
         pack = usual_pack(QWEN3, 4096)
         return estimate(QWEN3, layout, pack, microbatches, 8 * layout.dp, GPUS["h200"], 8).seconds
 
-    plain = Layout("megatron", 64, "bf16", ep=8)
+    plain = Layout("megatron", "bf16", world=64, ep=8)
     assert seconds(replace(plain, recompute_layers=True)) > seconds(replace(plain, recompute=True)) > seconds(plain)
     assert seconds(replace(plain, ep=16)) > seconds(plain)  # over the network
-    zero = Layout("deepspeed", 64, "bf16", zero=3)
+    zero = Layout("deepspeed", "bf16", world=64, zero=3)
     assert seconds(zero) > seconds(replace(zero, zero=1))
 
 

@@ -59,7 +59,7 @@ def test_parameters_are_the_models() -> None:
     with torch.device("meta"):
         truth = sum(parameter.numel() for parameter in Thinker(RELEASED).parameters())
     assert sum(weights_of(RELEASED, Layout())) == truth
-    dense, experts = weights_of(RELEASED, Layout("megatron", 64, tp=4, ep=8))
+    dense, experts = weights_of(RELEASED, Layout("megatron", world=64, tp=4, ep=8))
     assert experts == 48 * 3 * 2048 * 768 * 128 // 8
     assert dense < weights_of(RELEASED, Layout())[0]
 
@@ -95,7 +95,7 @@ def memory(layout: Layout, tokens: int = 32768, **job: Any) -> dict[str, int]:
 
 def test_degrees_divide_what_they_should() -> None:
     def megatron(**degrees: Any) -> dict[str, int]:
-        return memory(Layout("megatron", 64, "bf16", **degrees))
+        return memory(Layout("megatron", "bf16", world=64, **degrees))
 
     one, two = megatron(), megatron(cp=2)
     assert two["attention"] < 0.7 * one["attention"] and two["experts"] == pytest.approx(one["experts"] / 2, rel=0.01)
@@ -104,13 +104,13 @@ def test_degrees_divide_what_they_should() -> None:
     assert megatron(tp=4)["norms"] == pytest.approx(one["norms"] / 4, rel=0.01)
     assert megatron(recompute=True)["experts"] < 0.5 * one["experts"]
     assert megatron(recompute_layers=True)["attention"] < 0.2 * one["attention"]
-    sharded = memory(Layout("deepspeed", 64, "bf16", zero=3))
+    sharded = memory(Layout("deepspeed", "bf16", world=64, zero=3))
     assert sharded["weights"] == pytest.approx(one["weights"] / 64, rel=0.01)
 
 
 def test_micro_batches_in_flight() -> None:
     """1F1B: as many as stages follow. Interleaved, with 4 stages of 2 chunks and 8 micro-batches: 11 chunks to 5."""
-    layout = Layout("megatron", 4, pp=4)
+    layout = Layout("megatron", world=4, pp=4)
     assert [in_flight(layout, stage, 8) for stage in range(4)] == [4, 3, 2, 1]
     assert [in_flight(layout, stage, 2) for stage in range(4)] == [2, 2, 2, 1]
     layout = replace(layout, interleave=2)
@@ -119,7 +119,7 @@ def test_micro_batches_in_flight() -> None:
 
 
 def test_the_first_stage_has_the_encoders_and_the_last_the_head() -> None:
-    layout = Layout("megatron", 8, "bf16", pp=4)
+    layout = Layout("megatron", "bf16", world=8, pp=4)
     job = Job(usual_pack(RELEASED, 8192, 0.3), microbatches=8)
     stages = [stage_memory(RELEASED, layout, job, stage, [9, 14, 15, 10]).parts for stage in range(4)]
     assert stages[0]["encoders"] > 0 and not any(parts["encoders"] for parts in stages[1:])
@@ -135,7 +135,7 @@ def test_media_of_the_usual_pack() -> None:
 
 
 def test_a_layout_that_does_not_fit_says_what_would() -> None:
-    layout = Layout("megatron", 64, "bf16", ep=8)
+    layout = Layout("megatron", "bf16", world=64, ep=8)
     check_layout(RELEASED, layout)
     with pytest.raises(EngineError) as caught:
         check_fits(RELEASED, layout, 32768, 1, 40_000_000, 80 * GB)
@@ -148,13 +148,13 @@ def test_a_layout_that_does_not_fit_says_what_would() -> None:
 
 
 def test_what_fits_is_returned_and_what_never_will_is_said() -> None:
-    layout = Layout("megatron", 64, "bf16", ep=8, recompute_layers=True)
+    layout = Layout("megatron", "bf16", world=64, ep=8, recompute_layers=True)
     assert check_fits(RELEASED, layout, 8192, 4, 40_000_000, 141 * GB).total < 141 * GB
     with pytest.raises(EngineError, match="take more GPUs or a shorter data.sequence_length"):
         check_fits(RELEASED, Layout("local", precision="bf16"), 8192, 1, 40_000_000, 80 * GB)
 
 
 def test_training_less_needs_less() -> None:
-    layout = Layout("megatron", 8, "bf16", ep=8)
+    layout = Layout("megatron", "bf16", world=8, ep=8)
     whole, encoders = memory(layout), memory(layout, train=("audio", "vision"))
     assert encoders["optimizer"] < 0.3 * whole["optimizer"] and encoders["weights"] == whole["weights"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import fields
 from importlib.util import find_spec
 
 import torch
@@ -12,7 +13,7 @@ from train.engines import Engine
 from train.engines.setup import EngineSetup
 from train.errors import EngineError
 from train.fits import GB, check_fits
-from train.parallel import Layout, check_layout, check_sequence
+from train.parallel import Degrees, Layout, check_layout, check_sequence
 from train.waveform_config import DECODER_PHASES
 
 
@@ -33,10 +34,8 @@ def build_engine(setup: EngineSetup) -> Engine:
 
 
 def layout_of(setup: EngineSetup) -> Layout:
-    """The settings that decide what lies where."""
-    engine = setup.engine
-    names = "name precision zero ep tp pp cp expert_tp interleave recompute recompute_layers offload".split()
-    return Layout(world=ranks.world(), **{name: getattr(engine, name) for name in names})
+    """Its degrees on the processes there are."""
+    return Layout(**{each.name: getattr(setup.engine, each.name) for each in fields(Degrees)}, world=ranks.world())
 
 
 def _check_memory(setup: EngineSetup, layout: Layout) -> None:
