@@ -162,8 +162,8 @@ class GroupedExperts(nn.Module):
 
     def forward(self, x_RD: Tensor, tokens_per_expert: Any, weight_R: Tensor) -> tuple[Tensor, None]:
         """Rows sorted by expert and the weight of each -> [R, D]; with expert_tp a part of a sum."""
-        if not len(x_RD):  # no token of any rank chose an expert of this one
-            return x_RD + (self.gate_up_proj.sum() + self.down_proj.sum()) * 0, None
+        if not len(x_RD):  # no token of any rank chose an expert of this one; all that backward sends is still sent
+            return x_RD + (self.gate_up_proj.sum() + self.down_proj.sum() + weight_R.sum()) * 0, None
         counts = torch.as_tensor(tokens_per_expert, device=x_RD.device)
         ids = torch.arange(len(counts), device=x_RD.device)
         chosen_R1 = ids.repeat_interleave(counts, output_size=len(x_RD)).unsqueeze(1)
