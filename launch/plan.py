@@ -20,14 +20,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
+from typing import Any
 
 from launch.arguments import guarded, number, parse, whole
 from launch.plan_search import TRAIN, Question, choose, why_none, why_nothing
 from launch.plan_table import header, table
 from models.config import ThinkerConfig
+from models.omni_config import OmniConfig
 from train.errors import RecipeError
 from train.hardware import GPUS
-from train.parallel import ENGINES, Layout
+from train.parallel import ENGINES, Layout, Model
 from train.recipe import load_recipe
 from train.typed import nearest
 
@@ -87,14 +89,17 @@ def read(argv: Sequence[str]) -> Question:
     )
 
 
-def model_named(name: str) -> ThinkerConfig:
-    """The Thinker of recipes/model/NAME.yaml. Raises RecipeError with the nearest name."""
+def model_named(name: str) -> Model:
+    """The model of recipes/model/NAME.yaml. Raises RecipeError with the nearest name."""
     nothing = [f"{key}=none" for key in ("init", "data.tokenizer")]
     sizes = load_recipe(["recipe=stage2", f"model={name}", "data.shards=[none]", *nothing]).model
     last = sizes.text.vocab_size - 1  # placeholders of media: any three words
-    if sizes.vision is None:
-        return ThinkerConfig(sizes.text, sizes.audio, last)
-    return ThinkerConfig(sizes.text, sizes.audio, last, sizes.vision, last - 1, last - 2)
+    thinker = ThinkerConfig(sizes.text, sizes.audio, last, sizes.vision, last - 1, last - 2)
+    if sizes.talker is None:
+        return thinker
+    names = [field.name for field in fields(OmniConfig) if field.name.endswith("_token_id")]
+    joining: dict[str, Any] = {name: place for place, name in enumerate(names)}
+    return OmniConfig(thinker, sizes.talker, **joining)
 
 
 def _named(key: str, value: str, known: Mapping[str, object]) -> str:

@@ -11,13 +11,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
-from models.config import ThinkerConfig
 from train.engine_state import OWNERS, Job
 from train.errors import EngineError
 from train.fits import RESERVE, check_fits, usual_pack
 from train.hardware import Gpu
 from train.memory import Memory, memory_of, weights_of
-from train.parallel import Layout, check_layout, check_microbatches, check_sequence
+from train.parallel import Layout, Model, check_layout, check_microbatches, check_sequence, thinker_of
 from train.throughput import Estimate, estimate
 
 TRAIN = {"everything": OWNERS, "decoder": ("decoder",), "encoders": ("audio", "vision")}
@@ -29,7 +28,7 @@ class Question:
     """What the command line asks, checked."""
 
     model_name: str
-    model: ThinkerConfig
+    model: Model
     gpus: int
     gpu: Gpu
     per_node: int
@@ -64,7 +63,7 @@ class Choice:
 
 def layouts(engine: str, question: Question) -> Iterator[Layout]:
     """Every layout of an engine that can be, with the degrees that the command line fixed."""
-    size, text = question.gpus, question.model.text
+    size, text = question.gpus, thinker_of(question.model).text
     divisors = [n for n in range(1, min(size, MOST) + 1) if size % n == 0]
     both = (False, True)
     options: dict[str, Sequence[int | bool]] = {"recompute": both}

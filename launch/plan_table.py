@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from launch.plan_search import Choice, Question
 from models.flops import training_flops
 from train.fits import GB, RESERVE, usual_pack
-from train.parallel import Layout
+from train.parallel import Layout, thinker_of
 from train.throughput import EFFICIENCY, HIDDEN
 
 COLUMNS = {  # of memory: what a column adds up
@@ -31,7 +31,7 @@ def header(question: Question) -> Iterator[str]:
     """What is asked, and by which figures it is answered."""
     gpu, seq = question.gpu, question.seq
     pack = usual_pack(question.model, seq, question.media)
-    flops = training_flops(question.model, pack.doc_lengths, pack.mel_lengths, pack.grids) / seq
+    flops = training_flops(thinker_of(question.model), pack.doc_lengths, pack.mel_lengths, pack.grids) / seq
     nodes = -(-question.gpus // question.per_node)
     yield (
         f"{question.model_name}, {question.train} trains, {question.precision}: packs of {seq:,} tokens (one document, "

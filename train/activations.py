@@ -23,6 +23,10 @@ from models.audio_encoder import CHUNK_FRAMES, num_audio_tokens
 from models.config import AudioConfig, TextConfig, VisionConfig
 from models.layers.attention import STRIP, STRIPS_UP_TO, make_segments
 from models.layers.experts import BLOCK_ROWS
+from models.layers.ragged import STRIP as QUERIES
+from models.layers.ragged import Piece as Ragged
+from models.layers.ragged import make_pieces
+from models.omni_config import TalkerConfig
 
 KERNELS = ("cuda", "cpu", "cpu-upcast")
 
@@ -87,6 +91,8 @@ class Cut:
     """Whether rows are sent to their experts' ranks, so that what arrives is a tensor of its own."""
     grouped: bool = False
     """Whether grouped products run the experts whatever the device, as in DeepSpeed's AutoEP."""
+    megatron: bool = False
+    """Whether layers are Megatron-Core's, as train/engines/megatron/block.py puts them together."""
 
     @property
     def wide(self) -> int:
@@ -102,7 +108,35 @@ def norm(rows: int, width: int, size: int, part: str, beside: int) -> Piece:
     return Piece(part, whole * size + rows * 4, whole * 8, beside + whole * (12 + size), width)
 
 
-def attention_kept(lengths: Sequence[int], heads: int, groups: int, channels: int, cut: Cut, causal: bool) -> int:
+def ragged_kept(lengths: Sequence[int], heads: int, groups: int, channels: int, cut: Cut) -> int:
+    """The same for the queries of one context rank, the one with most, and keys of all (models/layers/ragged.py)."""
+    padded, each = -(-sum(lengths) // (2 * cut.cp)) * 2 * cut.cp, channels * cut.size
+    seen, half = padded // cut.cp, padded // (2 * cut.cp)
+    most = 0
+    for rank in range(cut.cp):
+        stretches = [(part * half, (part + 1) * half) for part in (rank, 2 * cut.cp - 1 - rank)]
+        pieces = make_pieces(stretches, lengths, torch.device("cpu")).all
+        if cut.kernels == "cuda":  # keys and values of every piece are copied
+            keys = sum(piece.last - piece.first for piece in pieces) * 2 * groups * each
+        else:  # views of the pack's, and a mask for every strip of queries
+            keys = padded * 2 * groups * each + sum(map(_masks, pieces)) * cut.size
+        most = max(most, keys)
+    outputs = 1 if cut.kernels == "cuda" else 2  # strips are put together
+    return most + seen * heads * ((1 + outputs) * each + 4)
+
+
+def _masks(piece: Ragged) -> int:
+    """Elements of the masks of a piece's strips."""
+    stops = range(piece.start, piece.stop, QUERIES)
+    ends = [min(start + QUERIES, piece.stop) for start in stops]
+    return sum(
+        (end - start) * (piece.last - (piece.stop - end) - piece.first) for start, end in zip(stops, ends, strict=True)
+    )
+
+
+def attention_kept(
+    lengths: Sequence[int], heads: int, groups: int, channels: int, cut: Cut, causal: bool = True
+) -> int:
     """Bytes that attention keeps of q, k, v [T, heads, channels] and its output, that of the output matrix included."""
     tokens, size = sum(lengths), cut.size
     each = channels * size
@@ -126,9 +160,9 @@ def decoder_layer(text: TextConfig, pack: Pack, cut: Cut) -> list[Piece]:
     heads, groups = text.num_attention_heads // cut.tp, text.num_key_value_heads // cut.tp
     tokens, seen = pack.tokens // (cut.tp * cut.cp), pack.tokens // cut.cp
     stream, query, pair = tokens * hidden * size, seen * heads * channels * size, seen * groups * channels * size
-    lengths = pack.doc_lengths if cut.cp == 1 else (seen,)
-    attended = attention_kept(lengths, heads, groups, channels, cut, causal=True)
-    attended += 2 * pair * (cut.cp - 1)  # keys and values of all context ranks
+    attended = (attention_kept if cut.cp == 1 else ragged_kept)(pack.doc_lengths, heads, groups, channels, cut)
+    # q, k, v are one product that stays whole: the norm of k reads it; that of q reads a copy
+    mixed = query + pair if cut.megatron else 0
     whole = seen * hidden * size if cut.tp > 1 else 0  # tokens of all tensor ranks, gathered for a projection
     scales = seen * (heads + groups) * 4
     floats = 0 if size == 4 else 2 * query * 4 // size
@@ -137,7 +171,7 @@ def decoder_layer(text: TextConfig, pack: Pack, cut: Cut) -> list[Piece]:
         norm(tokens, hidden, size, "norms", stream),
         Piece("attention", stream, whole, stream * 3 + whole + query, in_out + 2 * hidden * groups * channels),
         Piece(
-            "attention", query + pair + scales, floats, stream + 3 * query + 2 * pair + floats, 2 * channels
+            "attention", query + pair + scales + mixed, floats, stream + 3 * query + 2 * pair + floats, 2 * channels
         ),  # QK-norm, rotation
         Piece("attention", attended, query, stream + 2 * query + 2 * pair),
         Piece("attention", 0, whole, stream + whole + query, in_out),
@@ -148,24 +182,45 @@ def decoder_layer(text: TextConfig, pack: Pack, cut: Cut) -> list[Piece]:
 
 def moe(text: TextConfig, tokens: int, cut: Cut) -> list[Piece]:
     """Router, experts and, where the decoder has one, the expert that all tokens pass."""
-    size, hidden, wide = cut.size, text.hidden_size, cut.wide
+    size, hidden = cut.size, text.hidden_size
     width, experts = text.moe_intermediate_size // cut.expert_tp, text.num_experts // cut.ep
     chosen, stream = text.num_experts_per_tok, tokens * text.hidden_size * size
     rows = tokens * chosen * cut.expert_tp
     router = tokens * (8 * text.num_experts + 12 * chosen)
     elements = 3 * experts * hidden * width
-    shared = text.shared_expert_intermediate_size // cut.tp
     pieces = [Piece("experts", stream + router, stream, 2 * stream + tokens * text.num_experts * 8, router_of(text))]
+    if cut.megatron:  # routing maps and probabilities are dense, and the dispatcher holds on to them
+        router = tokens * (10 * text.num_experts + 12 * chosen) + rows * 16
+        pieces[0] = replace(pieces[0], kept=stream + router)
     if cut.kernels == "cuda" or cut.grouped:
         return [*pieces, *grouped_experts(rows, stream, elements, hidden, width, cut), *dense_expert(text, tokens, cut)]
-    block = min(rows, block_rows(rows, experts))
-    # gathered rows and gradients, activations, their gradients; the sums over experts
-    buffers = block * (3 * hidden + (7 if cut.kernels == "cpu" else 9) * width) * wide + rows * 12
-    outside = tokens * hidden * (wide if wide == size else 3 * wide)
-    kept = rows * 4 + (0 if cut.recompute else rows * 2 * width * size)
-    forward = tokens * hidden * 2 * wide + block * (2 * hidden + 4 * width) * wide
-    pieces.append(Piece("experts", kept, forward, stream + outside + buffers, elements, sharded=True))
-    return [*pieces, *([dense_expert(text, tokens, cut)[0]] if shared else [])]
+    return [
+        *pieces,
+        block_experts(rows, tokens, elements, experts, hidden, width, cut),
+        *dense_expert(text, tokens, cut),
+    ]
+
+
+def block_experts(rows: int, tokens: int, elements: int, experts: int, hidden: int, width: int, cut: Cut) -> Piece:
+    """The CPU's path. Under Megatron its tokens are the rows, which the dispatcher has sorted."""
+    size, wide = cut.size, cut.wide
+    inputs = rows if cut.megatron else tokens
+    blocks = blocks_of(rows, experts)
+    most, arrived = max(blocks), rows * hidden * size if cut.megatron else 0
+    # gradients of rows, pre-activations and their gradients, gradients of activations: once, for the largest block
+    standing = most * (hidden + 5 * width) * wide
+    # rows and gradients of outputs, silu, activations and a product of them: while a block runs, and the last one's
+    # until it has its own
+    beside = [2 * hidden + (3 if cut.kernels == "cpu" else 5) * width] * len(blocks)
+    passing = max(
+        [rows * each for rows, each in zip(blocks, beside, strict=True)]
+        + [2 * (here + last) * hidden + 2 * last * width for here, last in zip(blocks[1:], blocks[:-1], strict=True)]
+    )
+    outside = inputs * hidden * (wide if wide == size else 3 * wide)
+    kept = arrived + rows * 4 + (0 if cut.recompute else rows * 2 * width * size)
+    forward = inputs * hidden * 2 * wide + most * (2 * hidden + 4 * width) * wide
+    backward = inputs * hidden * size + outside + standing + passing * wide + rows * 12
+    return Piece("experts", kept, forward, backward, elements, sharded=True)
 
 
 def router_of(text: TextConfig) -> int:
@@ -173,10 +228,11 @@ def router_of(text: TextConfig) -> int:
     return text.num_experts * text.hidden_size
 
 
-def block_rows(rows: int, experts: int) -> int:
-    """Rows of the largest block of consecutive experts, for even routing."""
+def blocks_of(rows: int, experts: int) -> list[int]:
+    """Rows of each block of consecutive experts, for even routing."""
     of_one = max(1, -(-rows // experts))
-    return max(1, BLOCK_ROWS // of_one) * of_one
+    together = max(1, BLOCK_ROWS // of_one)
+    return [min(together, experts - first) * of_one for first in range(0, experts, together)]
 
 
 def grouped_experts(rows: int, stream: int, elements: int, hidden: int, width: int, cut: Cut) -> list[Piece]:
@@ -208,18 +264,30 @@ def dense_expert(text: TextConfig, tokens: int, cut: Cut) -> list[Piece]:
 
 
 def head(text: TextConfig, pack: Pack, cut: Cut, max_logits: int, learns: bool) -> list[Piece]:
-    """The last norm and the chunked cross-entropy, whose gradients are made in forward (train/loss.py)."""
+    """The last norm and the chunked cross-entropy, whose gradients are made in forward (train/loss.py).
+
+    Cut over tensor ranks the chunks are made again in backward, and their gradients of the matrix added up.
+    """
     size, hidden, vocab = cut.size, text.hidden_size, text.vocab_size // cut.tp
     tokens = pack.tokens // cut.cp
     targets = tokens if pack.targets is None else pack.targets // cut.cp
     rows = max(1, min(targets, max_logits // text.vocab_size))
-    again = targets > rows  # a chunk's logits are there until the next one's replace them
-    each = 4 * (1 + again) if size == 4 else 8 + 4 * again
     matrix, states = vocab * hidden, targets * hidden * size
+    last = norm(tokens // cut.tp, hidden, size, "norms", 0)
+    if cut.tp > 1:
+        whole = 0 if size == 4 else 4 * (tokens * hidden + matrix)  # in fp32, for gradients where there is no target
+        logits = rows * vocab * (4 if size == 4 else 6)
+        summed = matrix * size if learns and targets > rows else 0
+        return [
+            last,
+            Piece("head", states, max(whole, tokens * hidden * size), summed + 2 * states, matrix),
+            Piece("logits", 0, logits, logits + summed + (matrix * size if learns else 0) + 2 * states),
+        ]
+    each = 4 if size == 4 else 8
     product = matrix * size if learns and size < 4 else 0
     kept = states + (matrix * 4 if learns else 0)
     return [
-        norm(tokens // cut.tp, hidden, size, "norms", 0),
+        last,
         Piece("head", kept, states, 2 * tokens * hidden * size, matrix, early=learns),
         Piece("logits", 0, rows * (vocab * each + 2 * hidden * size) + product + 2 * states),
     ]
@@ -292,3 +360,35 @@ def vision(config: VisionConfig, pack: Pack, cut: Cut) -> list[Piece]:
     for index in range(config.depth):
         pieces += [block, *([deep] if index in config.deepstack_visual_indexes else [])]
     return [*pieces, last]
+
+
+def talker_front(
+    config: TalkerConfig, pack: Pack, cut: Cut, max_logits: int, learns: bool
+) -> tuple[Piece, list[Piece]]:
+    """What makes the inputs of the Talker's first layer, and what predicts its frames' residual codes.
+
+    Of `pack` the targets are frames. Weights are whole on each tensor rank; so are the inputs, of which the Talker
+    reads its part. Frames are divided.
+    """
+    codes, size, hidden, wide = config.code_predictor, cut.size, config.text.hidden_size, config.thinker_hidden_size
+    frames = pack.tokens if pack.targets is None else pack.targets
+    groups, inner, table = codes.num_code_groups, codes.intermediate_size, codes.vocab_size * hidden
+    elements = 2 * (wide * wide + wide + wide * hidden + hidden) + config.text.vocab_size * hidden
+    inputs = pack.tokens * (3 * wide + hidden) * size + frames * hidden * size
+    front = Piece("head", inputs, frames * groups * hidden * size, inputs, elements + (groups - 1) * table)
+    here = -(-frames // (cut.tp * cut.cp))
+    rows = here * groups
+    queries, pairs = codes.num_attention_heads * codes.head_dim, codes.num_key_value_heads * codes.head_dim
+    layer = Piece(
+        "head",
+        rows * (4 * hidden + 4 * queries + 3 * pairs + 4 * inner) * size + rows * (4 * codes.num_attention_heads + 16),
+        rows * inner * size,
+        rows * (2 * hidden + 3 * inner) * size,
+        hidden * (2 * queries + 2 * pairs) + 2 * codes.head_dim + 3 * hidden * inner + 2 * hidden,
+    )
+    chunk = min(here, max(1, max_logits // codes.vocab_size)) * codes.vocab_size * (4 if size == 4 else 8)
+    matrices = (groups - 1) * table
+    kept = 2 * rows * hidden * size + (matrices * 4 if learns else 0)
+    heads = Piece("head", kept, 0, 2 * rows * hidden * size, matrices, early=learns)
+    logits = Piece("logits", 0, chunk + (table * size if learns and size < 4 else 0))
+    return front, [*[layer] * codes.num_hidden_layers, norm(rows, hidden, size, "head", 0), heads, logits]

@@ -10,7 +10,8 @@ What the engines do, as seen in measured peaks (tests/train/test_memory.py):
   full it is copied once more to be sent, in fp32. ZeRO-1 in bf16 is its BF16_Optimizer, with whole fp32 gradients.
   ZeRO-2 puts together its part of the gradients anew for the update. ZeRO-3 keeps weights gathered that are needed
   again within a thousand million elements.
-* megatron: fp32 gradients whole on a rank from start to end, masters and moments in parts over data-parallel ranks.
+* megatron: fp32 gradients whole on a rank from start to end, beside those that a backward makes in the model's
+  precision; moments, and in bf16 masters, in parts over data-parallel ranks. In fp32 a weight is its own master.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ class Job:
     train: Collection[str] = field(default=OWNERS)
     """Which of OWNERS learn."""
     kernels: str = "cuda"
+    spoken: Pack | None = None
+    """What the Talker reads, its frames as targets. None: its activations are not counted."""
 
 
 def size_of(layout: Layout) -> int:

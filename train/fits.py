@@ -51,11 +51,12 @@ def check_fits(
     media_share: float = 0.0,
     train: Collection[str] = OWNERS,
     kernels: str = "cuda",
+    frames: int = 0,
 ) -> Memory:
     """The worst rank's memory. Raises EngineError, one line, where it is more than `memory_bytes`.
 
     Args:
-        model: sizes; of a Talker nothing is counted.
+        model: sizes; of a Talker weights, gradients and optimizer state, and with `frames` its activations.
         layout: settings of the engine, which check_layout has passed.
         tokens: of a packed sequence.
         microbatches: packs of a rank in a step.
@@ -64,8 +65,10 @@ def check_fits(
         media_share: of the tokens, see `usual_pack`.
         train: what learns, of train.memory.OWNERS.
         kernels: see train.activations.KERNELS.
+        frames: of speech in a pack. The Talker has a position for each, and one for each token.
     """
-    job = Job(usual_pack(model, tokens, media_share), microbatches, max_logits, train, kernels)
+    spoken = Pack((tokens + frames,), targets=frames) if frames else None
+    job = Job(usual_pack(model, tokens, media_share), microbatches, max_logits, train, kernels, spoken)
     needed = memory_of(model, layout, job)
     if needed.total <= memory_bytes:
         return needed

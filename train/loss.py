@@ -60,6 +60,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if grad_weight_VD is not None:
                 scaled_CD = hidden_CD / sum_C1.to(hidden_CD.dtype)
                 _add_product(grad_weight_VD, grad_CV.t(), scaled_CD, first=start == 0)
+            del exp_CV, grad_CV  # or they would be there until the next chunk's logits are
         ctx.grads = grad_hidden_ND, grad_weight_VD
         ctx.dtype = weight_VD.dtype
         return total

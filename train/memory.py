@@ -20,7 +20,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from models.audio_encoder import num_audio_tokens
-from train.activations import Cut, Pack, Piece, audio, decoder_layer, head, vision
+from models.config import TextConfig
+from models.omni_config import OmniConfig
+from train.activations import Cut, Pack, Piece, audio, decoder_layer, head, talker_front, vision
 from train.engine_state import Job, State, size_of
 from train.parallel import Layout, Model, first_layers, thinker_of
 from train.stages import encoder_layers, head_layers, stage_layers
@@ -80,24 +82,62 @@ def weights_of(model: Model, layout: Layout) -> tuple[int, int]:
 
 
 def stage_memory(model: Model, layout: Layout, job: Job, stage: int, counts: Sequence[int]) -> Memory:
-    """That of a rank of one pipeline stage; `counts` are layers of all chunks."""
-    chunks = [chunk_pieces(model, layout, job, place, counts) for place in range(stage, len(counts), layout.pp)]
-    pieces = [piece for chunk in chunks for piece in chunk]
+    """That of a rank of one pipeline stage; `counts` are layers of all chunks of the Thinker."""
+    places = range(stage, len(counts), layout.pp)
+    passes = [[piece for place in places for piece in chunk_pieces(model, layout, job, place, counts)]]
+    front, talker = talker_pieces(model, layout, job, stage)
+    if layout.name == "megatron":  # the Talker's pass is one of its own, between its front's forward and backward
+        passes += [talker] if talker else []
+    else:
+        passes[0] += [*front, *talker]
+    pieces = [*(piece for each in passes for piece in each), *(front if len(passes) > 1 else [])]
     states = State.of(layout, job)
     found = Counter(states.of_pieces(pieces, job.train))
     thinker = thinker_of(model)
     patch = thinker.vision.patch_dim if thinker.vision is not None else 0
     found["buffers"] += batches(job, thinker.audio.num_mel_bins, patch)
-    waiting = in_flight(layout, stage, job.microbatches)
-    if layout.pp > 1:  # those of the micro-batch whose backward runs are in `fullest`
-        each = Counter[str]()
-        for piece in pieces:
-            each[piece.part] += piece.kept
-        for part, size in each.items():
-            found[part] += max(0, size * (waiting - layout.interleave) // layout.interleave)
-    moments = [fullest(pieces, states, job.train), *states.after(pieces, job)]
+    if layout.name == "megatron":
+        found["buffers"] += standing(thinker.text, layout, job)
+    moments = [*states.after(pieces, job)]
+    for number, each in enumerate(passes):
+        beside = front if number else []
+        moment = fullest(each, states, job.train, pieces)
+        for piece in beside:
+            moment[piece.part] += piece.kept * job.microbatches
+        moments.append(moment + waiting(each, layout, in_flight(layout, stage, job.microbatches)))
     found.update(max(moments, key=lambda parts: sum(parts.values())))
     return Memory({part: found[part] for part in PARTS}, stage)
+
+
+def waiting(pieces: Sequence[Piece], layout: Layout, chunks: int) -> Counter[str]:
+    """Activations of micro-batches whose backward comes later: those of one are in `fullest`."""
+    each = Counter[str]()
+    if layout.pp > 1:
+        for piece in pieces:
+            each[piece.part] += piece.kept
+    return Counter({p: max(0, size * (chunks - layout.interleave) // layout.interleave) for p, size in each.items()})
+
+
+def talker_pieces(model: Model, layout: Layout, job: Job, stage: int) -> tuple[list[Piece], list[Piece]]:
+    """The Talker's front, on the last stage, and the rest of it on one: layers; head and code predictor on the last."""
+    config = model.talker if isinstance(model, OmniConfig) else None
+    if config is None:
+        return [], []
+    text, cut, learns = config.text, cut_of(layout, job), "talker" in job.train
+    pack = job.spoken or Pack((2 * layout.tp * layout.cp,), targets=0)
+    counts = stage_layers(text.num_hidden_layers, layout.pp, layout.interleave)[stage :: layout.pp]
+    layers = cut_layers(text, pack, cut, layout, sum(counts))
+    front = []
+    if stage == layout.pp - 1:
+        first, residual = talker_front(config, pack, cut, job.max_logits, learns)
+        front = [first]
+        layers += [*head(text, pack, cut, job.max_logits, learns), *residual]
+    if job.spoken is None:
+        front, layers = (
+            [replace(piece, kept=0, forward=0, backward=0, early=False) for piece in each] for each in (front, layers)
+        )
+    front, layers = ([replace(piece, owner="talker") for piece in each] for each in (front, layers))
+    return front, layers
 
 
 def batches(job: Job, mels: int, patch: int) -> int:
@@ -106,6 +146,14 @@ def batches(job: Job, mels: int, patch: int) -> int:
     tokens = pack.tokens * 28  # ids, labels, three positions
     media = (sum(pack.mel_lengths) * mels + pack.patches * patch) * 4
     return (tokens + media) * (job.microbatches if job.kernels != "cuda" else 1)
+
+
+def standing(text: TextConfig, layout: Layout, job: Job) -> int:
+    """What Megatron's engine has of all micro-batches, and its buffer for what tensor ranks gather."""
+    seen, size = job.pack.tokens // layout.cp, size_of(layout)
+    turns = 2 * seen * text.head_dim * size  # cosines and sines
+    rows = 16 * seen + 8 * job.pack.tokens * (layout.cp > 1)
+    return job.microbatches * (turns + rows) + seen * text.hidden_size * size * (layout.tp > 1)
 
 
 def in_flight(layout: Layout, stage: int, microbatches: int) -> int:
@@ -123,9 +171,27 @@ def in_flight(layout: Layout, stage: int, microbatches: int) -> int:
 def chunk_pieces(model: Model, layout: Layout, job: Job, place: int, counts: Sequence[int]) -> list[Piece]:
     """The pieces of one chunk of the pipeline in forward order, parameters and activations of one rank."""
     thinker, pack = thinker_of(model), job.pack
-    text = thinker.text
+    text, cut = thinker.text, cut_of(layout, job)
+    pieces = []
+    if place == 0:
+        pieces += encoders(model, layout, job, cut)
+        tokens = pack.tokens // layout.cp
+        table = text.vocab_size // layout.tp * text.hidden_size
+        stream = tokens * text.hidden_size * cut.size
+        turns = 0 if cut.megatron else 2 * tokens * text.head_dim * cut.size
+        pieces.append(Piece("attention", turns, stream * 2, stream, table))
+    pieces += cut_layers(text, pack, cut, layout, counts[place])
+    if place < len(counts) - 1:  # what is sent on stays until its gradient comes
+        pieces.append(Piece("norms", pack.tokens // (layout.tp * layout.cp) * text.hidden_size * cut.size))
+    else:
+        pieces += head(text, pack, cut, job.max_logits, "decoder" in job.train)
+    return pieces
+
+
+def cut_of(layout: Layout, job: Job) -> Cut:
+    """What of a layer is on one rank."""
     auto = layout.name == "deepspeed" and layout.ep > 1  # AutoEP's own experts, which keep everything
-    cut = Cut(
+    return Cut(
         size=size_of(layout),
         kernels=job.kernels,
         tp=layout.tp,
@@ -135,23 +201,16 @@ def chunk_pieces(model: Model, layout: Layout, job: Job, place: int, counts: Seq
         recompute=layout.recompute and not auto,
         dispatched=layout.name == "megatron" or auto,
         grouped=auto,
+        megatron=layout.name == "megatron",
     )
-    pieces = []
-    if place == 0:
-        pieces += encoders(model, layout, job, cut)
-        tokens = pack.tokens // layout.cp
-        table = text.vocab_size // layout.tp * text.hidden_size
-        stream = tokens * text.hidden_size * cut.size
-        pieces.append(Piece("attention", 2 * tokens * text.head_dim * cut.size, stream * 2, stream, table))
-    layers = [decoder_layer(text, pack, cut)] * counts[place]
+
+
+def cut_layers(text: TextConfig, pack: Pack, cut: Cut, layout: Layout, count: int) -> list[Piece]:
+    """So many decoder layers of a rank."""
+    layer = decoder_layer(text, pack, cut)
     if layout.recompute_layers:
-        layers = [
-            recomputed(layer, pack.tokens // (layout.tp * layout.cp) * text.hidden_size * cut.size) for layer in layers
-        ]
-    pieces += [piece for layer in layers for piece in layer]
-    if place == len(counts) - 1:
-        pieces += head(text, pack, cut, job.max_logits, "decoder" in job.train)
-    return pieces
+        layer = recomputed(layer, pack.tokens // (layout.tp * layout.cp) * text.hidden_size * cut.size)
+    return layer * count
 
 
 def encoders(model: Model, layout: Layout, job: Job, cut: Cut) -> list[Piece]:
@@ -181,11 +240,14 @@ def recomputed(layer: Sequence[Piece], stream: int) -> list[Piece]:
     return out
 
 
-def fullest(pieces: Sequence[Piece], state: State, train: Collection[str]) -> Counter[str]:
-    """Activations and gradients by part at the fullest moment of a micro-batch's forward and backward."""
+def fullest(pieces: Sequence[Piece], state: State, train: Collection[str], every: Sequence[Piece]) -> Counter[str]:
+    """Activations and gradients by part at the fullest moment of a micro-batch's forward and backward.
+
+    `every` has the rank's pieces, also those of which this pass runs nothing.
+    """
     held, best, most = Counter[str](), Counter[str](), -1
     learning = [piece for piece in pieces if piece.owner in train]
-    held["gradients"] = state.sum_of(learning, state.standing)
+    held["gradients"] = state.sum_of([piece for piece in every if piece.owner in train], state.standing)
     held["buffers"] = state.gathered(sum(piece.weights for piece in pieces))
 
     def look(part: str, beside: int, gradients: int = 0) -> None:

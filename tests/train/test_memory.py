@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 
 from models.config import AudioConfig, TextConfig, ThinkerConfig, VisionConfig
 from models.layers.experts import _grouped_experts
+from models.omni_config import CodePredictorConfig, OmniConfig, TalkerConfig
+from models.talker import Talker
 from models.thinker import Thinker
 from tests.distributed import spawn
 from tests.train.memory_cases import CASES, Case, expected, measure, measure_all
@@ -17,7 +20,7 @@ from train.activations import Cut, Pack, grouped_experts
 from train.engine_state import Job
 from train.errors import EngineError
 from train.fits import check_fits, usual_pack
-from train.memory import PARTS, in_flight, memory_of, stage_memory, weights_of
+from train.memory import PARTS, in_flight, memory_of, stage_memory, talker_pieces, weights_of
 from train.parallel import Layout, check_layout
 
 RELEASED = ThinkerConfig(
@@ -36,14 +39,18 @@ ALONE = [case for case in CASES if case.world == 1]
 
 @pytest.mark.parametrize("case", ALONE, ids=[case.name for case in ALONE])
 def test_peak_of_one_process(case: Case) -> None:
+    if case.engine.get("name") == "megatron":
+        pytest.importorskip("megatron.core")
     assert expected(case).total == pytest.approx(measure(case.name), rel=WITHIN)
 
 
-@pytest.mark.parametrize("ep", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_peaks_of_two_processes(ep: int) -> None:
-    """DeepSpeed's: ZeRO 1, 2 and 3, and AutoEP. Of the two ranks the worst counts. One start for all cases."""
-    pytest.importorskip("deepspeed")
-    cases = [case for case in TOGETHER if case.engine["ep"] == ep]
+@pytest.mark.parametrize("slow", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("engine", "package"), [("deepspeed", "deepspeed"), ("megatron", "megatron.core")])
+def test_peaks_of_two_processes(engine: str, package: str, slow: bool) -> None:
+    """ZeRO 1, 2 and 3, slow AutoEP; TP, EP, PP and CP. Of the two ranks the worst counts. One start for all cases."""
+    if find_spec(package.split(".")[0]) is None:
+        pytest.skip(f"needs {package}")
+    cases = [case for case in TOGETHER if case.engine["name"] == engine and case.slow == slow]
     ranks = spawn(measure_all, 2, [case.name for case in cases])
     for case, *peaks in zip(cases, *ranks, strict=True):
         assert expected(case).total == pytest.approx(max(peaks), rel=case.within), case.name
@@ -62,6 +69,40 @@ def test_parameters_are_the_models() -> None:
     dense, experts = weights_of(RELEASED, Layout("megatron", world=64, tp=4, ep=8))
     assert experts == 48 * 3 * 2048 * 768 * 128 // 8
     assert dense < weights_of(RELEASED, Layout())[0]
+
+
+SPEECH = TalkerConfig(
+    TextConfig(3072, 1024, 20, 16, 2, 128, 128, 6, 384, shared_expert_intermediate_size=768),
+    CodePredictorConfig(2048, 1024, 3072, 5, 16, 8, 128),
+    2048,
+    24,
+)
+OMNI = OmniConfig(replace(RELEASED, audio_token_id=151675, image_token_id=151676, video_token_id=151677), SPEECH)
+
+
+@pytest.mark.parametrize("pp", [1, 4])
+def test_parameters_of_the_talker_are_the_models(pp: int) -> None:
+    with torch.device("meta"):
+        truth = sum(parameter.numel() for parameter in Talker(SPEECH).parameters())
+    layout, job = Layout("megatron", pp, pp=pp), Job(Pack((64,)))
+    stages = [talker_pieces(OMNI, layout, job, stage) for stage in range(pp)]
+    assert sum(piece.weights for front, rest in stages for piece in front + rest) == truth
+    assert [bool(front) for front, _ in stages] == [False] * (pp - 1) + [True]
+
+
+def test_a_talker_is_counted_and_so_is_what_it_says() -> None:
+    layout = Layout("megatron", "bf16", world=8, ep=8)
+    alone, both = (memory_of(model, layout, Job(Pack((4096,)))) for model in (RELEASED, OMNI))
+    for part, each in (("weights", 2), ("gradients", 4)):
+        assert both.parts[part] - alone.parts[part] > each * 3e9 / 8
+    silent = memory_of(OMNI, layout, Job(Pack((4096,)), train=("decoder", "audio", "vision")))
+    assert silent.parts["weights"] == both.parts["weights"]
+    assert silent.parts["optimizer"] == alone.parts["optimizer"]
+    said = [
+        memory_of(OMNI, layout, Job(Pack((512,)), spoken=Pack((4096,), targets=frames))).parts["head"]
+        for frames in (2048, 4096)
+    ]
+    assert said[1] > 1.7 * said[0] > 0
 
 
 def test_grouped_products_keep_what_the_model_says() -> None:

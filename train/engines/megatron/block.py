@@ -190,6 +190,7 @@ class Layer(TransformerLayer):
             return hidden_states, context
         x: Tensor
         x, _ = super().forward(hidden_states, *args, context=None, packed_seq_params=tokens, **kwargs)  # type: ignore[assignment]
+        self.mlp.token_dispatcher.probs = None  # type: ignore[union-attr]  # it would keep the layer's graph alive
         if number == tokens.tap < self.config.num_layers:
             x = tap(x, tokens)
         if context is not None and number <= len(context):

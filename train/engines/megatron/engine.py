@@ -17,6 +17,7 @@ Ranks of one replica (tensor, context and pipeline ranks) read the same packs. L
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -55,6 +56,8 @@ class MegatronEngine:
     def __init__(self, setup: EngineSetup) -> None:
         self.setup, self.device = setup, setup.device
         ranks.ensure_group(setup.device)
+        # names and flags; weights are in the stages. Outside: torch notes its factories when meta is first asked for
+        self.objective: AnyObjective = setup.build_objective(drawn=False)
         with self._megatron():
             self._build(setup)
 
@@ -63,7 +66,6 @@ class MegatronEngine:
         return on_this(self.device)
 
     def _build(self, setup: EngineSetup) -> None:
-        self.objective: AnyObjective = setup.build_objective(drawn=False)  # names and flags; weights are in the stages
         alone = self.objective if isinstance(self.objective, WaveformObjective) else None
         self.peers = Peers.form(undivided(setup.engine) if alone else setup.engine, setup.device)
         data = self.peers.data
@@ -243,9 +245,10 @@ class MegatronEngine:
             self.shares = read_shares(state, self.objective, self.device)
 
     def close(self) -> None:
-        """See train.engines.Engine."""
+        """See train.engines.Engine. Megatron's modules and hooks know each other: only a collection frees them."""
         del self.parts, self.optimizer, self.state, self.passes
         mpu.destroy_model_parallel()
+        gc.collect()
 
 
 def _weighted(scales: Sequence[float], losses_K: Tensor) -> Tensor:
