@@ -30,7 +30,7 @@ test: .venv/.stamp
 	@$(BIN)/python -m pytest -q -m "not slow and not gpu" --numprocesses 2 --dist loadfile
 
 test-slow: .venv/.stamp
-	@$(BIN)/python -m pytest -q -m "slow and not gpu"
+	@$(BIN)/python -m pytest -q -m "slow and not gpu" --numprocesses 2 --dist loadfile
 
 check: .venv/.stamp
 	@$(BIN)/ruff check .

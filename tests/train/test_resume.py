@@ -137,6 +137,8 @@ def test_megatron_to_local_to_megatron(corpus: Path, tmp_path: Path) -> None:
         (["engine.pp=2"], "does not divide the 1 processes of the run"),
         (["engine.memory_gb=0.001"], "engine.name=megatron needs 0.0 GB a rank for packs of 96 tokens and has 0.0"),
         (["engine.dispatcher=deep"], "engine.dispatcher=deep, did you mean 'deepep'"),
+        (["engine.dispatcher=deepep"], "engine.dispatcher=deepep needs the package deep_ep: install it, or set"),
+        (["engine.transformer_engine=true"], "engine.transformer_engine=true needs the package transformer_engine"),
     ],
 )
 def test_layouts_of_megatron_that_cannot_be(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from dataclasses import fields
 from importlib.util import find_spec
 
@@ -59,6 +60,15 @@ def _learning(setup: EngineSetup) -> set[str]:
     return {owners.get(name.split(".")[0], "decoder") for name in names}
 
 
+def _wanted(setup: EngineSetup) -> Iterator[tuple[str, str, str]]:
+    """Settings, the packages that they need, and what to do without."""
+    yield "engine.name=megatron", "megatron", "pip install 'omniloom[megatron]'"
+    if setup.engine.dispatcher == "deepep":
+        yield "engine.dispatcher=deepep", "deep_ep", "install it, or set engine.dispatcher=alltoall"
+    if setup.engine.transformer_engine:
+        yield "engine.transformer_engine=true", "transformer_engine", "install it, or leave the setting out"
+
+
 def _megatron(setup: EngineSetup) -> Engine:
     layout = layout_of(setup)
     check_layout(setup.model, layout)
@@ -70,8 +80,9 @@ def _megatron(setup: EngineSetup) -> Engine:
             f"phases.{setup.phase_name}.speech={setup.phase.speech}: under engine.name=megatron only the waveform "
             "decoder is made, and nobody answers evaluations: set eval.sets={} or take another engine for this phase"
         )
-    if find_spec("megatron") is None:
-        raise EngineError("engine.name=megatron needs the package: pip install 'omniloom[megatron]'")
+    for setting, package, hint in _wanted(setup):
+        if find_spec(package) is None:
+            raise EngineError(f"{setting} needs the package {package}: {hint}")
     # that TransformerEngine and apex are not there, though a setting asks for them; names that torch is to drop
     warnings.filterwarnings("ignore", module=r"megatron\.")
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)

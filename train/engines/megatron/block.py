@@ -46,7 +46,6 @@ from models.layers.moe import linear32
 from models.layers.norm import RMSNorm
 from models.layers.ragged import Pieces, attend_pieces
 from models.layers.rope import rotate
-from train.errors import EngineError
 
 
 @dataclass
@@ -236,11 +235,6 @@ def block_spec(config: TransformerConfig, layers: int, transformer_engine: bool)
 
 def _transformer_engine() -> tuple[type, type, type]:
     """TransformerEngine's linear maps and norm."""
-    try:
-        import transformer_engine  # noqa: F401  # pyright: ignore[reportMissingImports]
-        from megatron.core.extensions import transformer_engine as te
-    except ImportError:
-        raise EngineError(
-            "engine.transformer_engine=true needs the package transformer_engine; install it or leave the setting out"
-        ) from None
+    from megatron.core.extensions import transformer_engine as te
+
     return te.TEColumnParallelLinear, te.TERowParallelLinear, te.TENorm  # pyright: ignore

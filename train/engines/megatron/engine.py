@@ -71,8 +71,10 @@ class MegatronEngine:
         data = self.peers.data
         self.shard = Shard(data.rank(), data.size(), leads=self.peers.leads)
         self.is_main = ranks.rank() == 0
-        built = build_waveform(setup, alone) if alone else build_parts(setup, self.objective, self.peers)
         named = dict(self.objective.model.named_parameters())
+        # discriminators draw their own first weights; kept as they are, before a cast to 16 bits
+        given = {name: p.detach().clone() for name, p in named.items() if name.startswith(f"{ADVERSARY}.")}
+        built = build_waveform(setup, alone) if alone else build_parts(setup, self.objective, self.peers)
         shapes = {name: tuple(parameter.shape) for name, parameter in named.items()}
         overlap = setup.engine.overlap
         ddp = DistributedDataParallelConfig(
@@ -92,7 +94,6 @@ class MegatronEngine:
         self.state = State(self.parts.all, self.optimizer, built.placed, shapes, frozen)
         self.passes = WavePasses(self.parts) if alone else self._passes(setup, built)
         self.shares = first_shares(self.objective, self.device)
-        given = {name: p.detach().float() for name, p in named.items() if name.startswith(f"{ADVERSARY}.")}
         self.state.restore(Drawn(setup, given), optimizer_step=0)
 
     def _passes(self, setup: EngineSetup, built: Built) -> Passes:
