@@ -83,8 +83,8 @@ def test_killed_at_every_moment(capsys: pytest.CaptureFixture[str], tmp_path: Pa
 
 
 def start(*arguments: object) -> subprocess.Popen:
-    """The command as a user starts it, in a session of its own."""
-    command = [sys.executable, "-m", "data.convert", *map(str, arguments)]
+    """The command as a user starts it, in a session of its own; it gives way to the test, which must see it go on."""
+    command = ["nice", "-n", "19", sys.executable, "-m", "data.convert", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         command,
