@@ -2,7 +2,7 @@
 
     make gpu-wheels [GPU_PYTHON=3.12]        constraints.txt --> wheels/*.whl, below 60 MB together
 
-A GPU that is lent for minutes comes with torch, triton and transformers alone, and files that travel to it are few.
+Such a machine often has torch, triton and transformers and little else, and what is carried to it should be small.
 Binary wheels are for Linux on x86_64 and one version of Python; the two packages that have no wheel of their own
 are built here, DeepSpeed without its compiled operators. What torch and transformers bring (numpy, tokenizers, ...) is
 left out, and so is what only commands beside training import (matplotlib, pandas, playwright). The framework itself
