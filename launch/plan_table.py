@@ -63,7 +63,7 @@ def table(question: Question, engine: str, best: Sequence[Choice], count: int) -
     for name, choice in zip(names, best, strict=True):
         parts = choice.memory.parts
         sizes = [sum(parts[part] for part in group) / GB for group in COLUMNS.values()]
-        yield f"  {name:{wide}}" + "".join(f"{size:8.1f}" for size in sizes) + f"{choice.memory.total / GB:8.1f}"
+        yield f"  {name:{wide}}" + "".join(f" {size:7.1f}" for size in sizes) + f" {choice.memory.total / GB:7.1f}"
     yield f"  {'sent by a rank a step, GB':{wide}}" + "".join(
         f"{name:>8}" for name in ("experts", "tensor", "context", "data", "", "MB/tok", "ranks", "nodes")
     )
@@ -71,7 +71,9 @@ def table(question: Question, engine: str, best: Sequence[Choice], count: int) -
         found = choice.estimate
         sent = found.exchange.step, found.tensor_bytes, found.context_bytes, found.data_bytes
         token = found.exchange.token, found.exchange.leaving, found.exchange.nodes
-        line = "".join(f"{size / GB:8.2f}" for size in sent) + " " * 8 + "".join(f"{size / 1e6:8.2f}" for size in token)
+        line = (
+            "".join(f" {size / GB:7.1f}" for size in sent) + " " * 8 + "".join(f"{size / 1e6:8.2f}" for size in token)
+        )
         yield f"  {name:{wide}}{line}"
     terms = ("compute", "bubble", "experts", "tensor", "context", "stages", "data")
     yield f"  {'estimated step, seconds':{wide}}" + "".join(
@@ -79,8 +81,8 @@ def table(question: Question, engine: str, best: Sequence[Choice], count: int) -
     )
     for name, choice in zip(names, best, strict=True):
         found = choice.estimate
-        times = "".join(f"{getattr(found, term):8.2f}" for term in terms)
-        yield f"  {name:{wide}}{times}{found.seconds:8.2f}{found.idle:8.1%}{found.rate:8,.0f}"
+        times = "".join(f" {getattr(found, term):7.2f}" for term in terms)
+        yield f"  {name:{wide}}{times} {found.seconds:7.2f}{found.idle:8.1%}{found.rate:8,.0f}"
     for place, choice in enumerate(best, 1):
         yield f"  {place}. {command(question, choice.layout)}"
 
