@@ -1,6 +1,6 @@
 """How a run lies on its processes: the degrees of an engine's settings, and which of them can be.
 
-    Layout(name, world, tp, ep, ...)  --check_layout-->  one line that names the setting, or nothing
+    Layout(name, tp, ep, ..., world)  --check_layout-->  one line that names the setting, or nothing
                                       --derived------->  data-parallel ranks, of the experts too
 
 Pure functions of numbers, so that a layout is refused before any rank allocates the model, and so that the advisor

@@ -45,11 +45,13 @@ def _check_memory(setup: EngineSetup, layout: Layout) -> None:
     if device.type == "cuda" and not limit:
         limit = torch.cuda.get_device_properties(device).total_memory
     if limit:
-        packs = max(1, setup.sequences_per_step // layout.dp)
+        learns, packs = _learning(setup), max(1, setup.sequences_per_step // layout.dp)
+        # a frozen decoder keeps less than the count says: then what is refused is too large without activations
+        tokens = setup.sequence_length if "decoder" in learns else 2 * layout.cp * layout.tp
         kernels = "cuda" if device.type == "cuda" else "cpu"
+        arguments = tokens, packs, setup.loss.max_logits, limit
         share = setup.engine.media_share
-        arguments = setup.sequence_length, packs, setup.loss.max_logits, limit
-        check_fits(setup.model, layout, *arguments, media_share=share, train=_learning(setup), kernels=kernels)
+        check_fits(setup.model, layout, *arguments, media_share=share, train=learns, kernels=kernels)
 
 
 def _learning(setup: EngineSetup) -> set[str]:

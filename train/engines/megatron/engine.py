@@ -44,7 +44,7 @@ from train.engines.megatron.state import State, own_parts
 from train.engines.megatron.waveform import WavePasses, undivided
 from train.engines.setup import AnyObjective, Drawn, EngineSetup, first_shares, read_shares, stats_of
 from train.errors import EngineError
-from train.loss import Totals, next_share
+from train.loss import SHARE, Totals, next_share
 from train.optim import group_of
 from train.speech import SpeechObjective
 from train.waveform import ADVERSARY, WaveformObjective
@@ -140,7 +140,7 @@ class MegatronEngine:
 
     def _routers(self) -> Iterator[tuple[int, int, BalancedRouter]]:
         """Those here that learn to balance: which of the objective's routers, layer, module."""
-        chunks = {"talker.router.expert_share": self.parts.talker}
+        chunks = {f"talker.{SHARE}": self.parts.talker}
         for place, routers in enumerate(self.objective.routers):
             for chunk in chunks.get(routers.name, self.parts.thinker):
                 for layer, router in chunk.module.routers().items():

@@ -115,9 +115,8 @@ class ThinkerPack:
     batch: Batch  # on the device
     cut: Cut
     tokens: Tokens
-    purpose: str = (
-        "loss"  # loss, sums (loss and right answers), last (hidden states of each document's last token), tap
-    )
+    purpose: str = "loss"
+    """loss; sums: loss and right answers; last: hidden states of the documents' last tokens; tap: the tapped alone."""
     features: Features | None = None  # of its media, where they were encoded before
     text_ids_X: Tensor | None = None  # the Talker's text, where its gradient reaches the embedding
     text_grad_XH: Tensor | None = None
@@ -141,9 +140,7 @@ class TalkerPack:
     cut: Cut
     tokens: Tokens
     inputs_TD: Tensor  # of the rows here: a leaf on the first stage
-    pairs: tuple[Tensor, PreferenceConfig] | None = (
-        None  # a reference's log-probabilities [N, 2] where documents are pairs
-    )
+    pairs: tuple[Tensor, PreferenceConfig] | None = None  # a reference's log-probabilities [N, 2], of pairs
     losses_K: Tensor | None = None
 
     @classmethod

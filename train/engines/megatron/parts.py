@@ -112,8 +112,8 @@ class _Deal:
         most = max(1, *self.tokens)  # ranks send alike
         padded = F.pad(made_TD, (0, 0, 0, most - len(made_TD)))
         all_TD = gather_from_sequence_parallel_region(padded, True, self.group)
-        sent = [rank * most + i for rank, count in enumerate(self.tokens) for i in range(count)]
-        source = np.empty(len(sent), np.int64)
+        sent = np.concatenate([rank * most + np.arange(count) for rank, count in enumerate(self.tokens)])
+        source = np.empty_like(sent)
         source[self.places] = sent
         return all_TD.index_select(0, torch.from_numpy(source).to(all_TD.device))
 
@@ -143,25 +143,21 @@ class Head(nn.Module):
         if self.group.size() == 1:
             return cross_entropy_sum(hidden_SD, weight_VD, labels_T=labels_S, max_logits=self.max_logits)
         index_N = (labels_S != IGNORE).nonzero().squeeze(1)
-        hidden_ND, target_N = hidden_SD.index_select(0, index_N), labels_S.index_select(0, index_N)
-        total = (hidden_SD.float().sum() + weight_VD.float().sum()) * 0  # gradients of zero where there is no target
-        rows = max(1, self.max_logits // (len(weight_VD) * self.group.size()))
-        for start in range(0, len(target_N), rows):
-            parts = hidden_ND[start : start + rows], weight_VD, target_N[start : start + rows]
-            total = total + checkpoint(_vocab_parallel_losses, *parts, use_reentrant=False).sum()
-        return total
+        return -self.logprobs(hidden_SD.index_select(0, index_N), labels_S.index_select(0, index_N)).sum()
 
     def logprobs(self, hidden_ND: Tensor, target_N: Tensor) -> Tensor:
         """Log-probabilities of the targets [N], the same on every tensor rank, fp32."""
         weight_VD = self.linear.weight
         if self.group.size() == 1:
             return chunked_logprobs(target_N, self.max_logits)(hidden_ND, weight_VD)
+        if not len(target_N):  # nothing, and gradients of zero
+            return hidden_ND.float().sum(1) + weight_VD[:0].float().sum()
         rows = max(1, self.max_logits // (len(weight_VD) * self.group.size()))
-        found = [(hidden_ND.float().sum(1) + weight_VD.float().sum()) * 0]
-        for start in range(0, len(target_N), rows):
-            parts = hidden_ND[start : start + rows], weight_VD, target_N[start : start + rows]
-            found.append(checkpoint(_vocab_parallel_losses, *parts, use_reentrant=False))
-        return found[0] - torch.cat(found[1:]) if len(found) > 1 else found[0]
+        found = [
+            checkpoint(_vocab_parallel_losses, hidden_CD, weight_VD, target_C, use_reentrant=False)
+            for hidden_CD, target_C in zip(hidden_ND.split(rows), target_N.split(rows), strict=True)
+        ]
+        return -torch.cat(found)
 
     @torch.no_grad()
     def logits(self, hidden_ND: Tensor) -> Tensor:

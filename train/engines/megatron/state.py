@@ -88,6 +88,8 @@ class State:
 
         for part in self._parts():
             part.optimizer.state.clear()
+            for group in part.optimizer.param_groups:  # where fused optimizers count steps; torch counts below
+                group |= {"step": optimizer_step} if "step" in group else {}
             if optimizer_step:
                 part._init_optimizer_states_with_dummy_values()  # torch makes moments in its first step only
                 for held in part.optimizer.state.values():
