@@ -18,13 +18,14 @@ from models.omni import Omni
 from models.omni_config import OmniConfig
 from train import ranks
 from train.checkpoint import CheckpointReader, choose
+from train.config import EngineConfig, Phase, Recipe
 from train.engines import Engine
 from train.engines.build import build_engine
 from train.engines.local import LocalEngine
 from train.engines.setup import EngineSetup
 from train.errors import CheckpointError
 from train.main import model_config
-from train.recipe import EngineConfig, Phase, Recipe, load_saved
+from train.recipe import load_saved
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,10 @@ from data.files import write_atomically
 from launch.arguments import guarded, number, parse, whole
 from launch.convert import export
 from models.omni_config import CONTROL_IDS, TalkerConfig
+from train.config import Phase, Recipe
 from train.errors import RecipeError
 from train.main import train
-from train.recipe import Phase, Recipe, load_saved
+from train.recipe import load_saved
 
 KNOWN = {"run": None, "recordings": None, "speaker": None, "out": None, "steps": "200", "lr": "", "language": ""}
 

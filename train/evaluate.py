@@ -28,8 +28,8 @@ from data.hashing import permutation
 from data.prompts import Prompt, PromptSet
 from data.tokenizer import Tokenizer
 from train import ranks
+from train.config import EvalConfig
 from train.engines import Engine, Shard
-from train.recipe import EvalConfig
 
 ANSWER_END = "<|im_end|>"
 
@@ -79,6 +79,12 @@ class Report:
     def num_words(self) -> int:
         """Reference words over all languages."""
         return self.rows[-1].num_words
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """What metrics.jsonl and a choice by metric (`SET.METRIC`) know of it."""
+        found = {"wer": self.wer, "words": self.num_words, "accuracy": self.rows[-1].accuracy}
+        return found if self.loss is None else found | {"loss": self.loss, "targets": self.num_targets}
 
     def table(self) -> str:
         """For people."""

@@ -21,9 +21,10 @@ from data.reader import Reader
 from data.tokenizer import Tokenizer
 from models.config import ThinkerConfig
 from models.omni_config import OmniConfig
+from train.config import Phase, Recipe
 from train.evaluate import Evaluator
 from train.layout import ModelLayout, media_tokens, work_of
-from train.recipe import Phase, Recipe, Span, spans
+from train.recipe import Span, spans
 from train.waveform_config import DECODER_PHASES
 from train.waveform_feed import open_segment_reader
 

@@ -32,10 +32,11 @@ from models.say import media_states
 from models.talker_inputs import multimodal_rows
 from models.thinker import Thinker
 from train.checkpoint import CheckpointReader, Manifest, open_weights
+from train.config import Recipe
 from train.engines import WEIGHT
 from train.errors import RecipeError
 from train.feed import Course
-from train.recipe import Recipe, Span
+from train.recipe import Span
 
 BLOCK = 4 << 20  # elements read at a time
 ReadWeight = Callable[[str, Sequence[int], int, int], Tensor]  # our name, shape, start, length -> flat values

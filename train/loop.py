@@ -10,10 +10,11 @@ from collections.abc import Iterable, Sequence
 
 from data.types import Batch
 from train import ranks
+from train.config import Recipe
 from train.engines import Engine
 from train.errors import EngineError
 from train.optim import lr_at
-from train.recipe import Recipe, Span
+from train.recipe import Span
 from train.run import Run
 
 

@@ -27,6 +27,7 @@ from models.hf import released_pieces
 from models.omni_config import OmniConfig
 from train import ranks
 from train.checkpoint import CheckpointReader, Manifest, Saver, choose, open_weights
+from train.config import Recipe
 from train.engines import Shard, StateReader
 from train.engines.build import build_engine
 from train.engines.setup import EngineSetup
@@ -38,7 +39,7 @@ from train.hidden import cached_course
 from train.layout import joining_ids
 from train.loop import fit
 from train.metrics import Meters, draw_curves
-from train.recipe import Recipe, Span, load_recipe, spans
+from train.recipe import Span, load_recipe, spans
 from train.run import Run
 from train.waveform_config import DECODER_PHASES
 

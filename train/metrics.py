@@ -21,9 +21,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.types import Batch
+from train.config import LogConfig
 from train.engines import StepStats
 from train.errors import RecipeError
-from train.recipe import LogConfig
 
 
 class Meters:

@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import nn
 
+from train.config import OptimConfig, Phase
 from train.errors import RecipeError
-from train.recipe import OptimConfig, Phase
 
 
 def lr_at(step: int, start: int, phase: Phase, optim: OptimConfig) -> float:

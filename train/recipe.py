@@ -2,7 +2,7 @@
 
     recipes/NAME.yaml + groups (model/ engine/)  --hydra.compose-->  plain values
     + KEY=VALUE from the command line            --train.typed---->  Recipe, types checked
-    Recipe  -->  printed, and saved as recipe.yaml in the run folder
+    Recipe  -->  printed, and saved as recipe.yaml in the run folder (its fields: train/config.py)
 
 Hydra composes and no more: `@hydra.main` would give every rank an output folder of its own, and nothing here is ever
 instantiated by a name in a file. A choice is a plain string, looked up where it is used.
@@ -11,7 +11,7 @@ instantiated by a name in a file. A choice is a plain string, looked up where it
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
@@ -21,185 +21,15 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from data.augment import Augment
-from data.config import DataConfig
 from data.errors import DataError
-from data.mixture import Mixture
-from models.config import AudioConfig, TextConfig, VisionConfig
-from models.omni_config import Code2WavConfig, TalkerConfig
+from train.config import Phase, Recipe
 from train.errors import RecipeError
-from train.parallel import ENGINES, Degrees
-from train.preference import PreferenceConfig
+from train.parallel import ENGINES
 from train.typed import build, nearest, paths
-from train.waveform_config import DECODER_PHASES, WaveformConfig
+from train.waveform_config import DECODER_PHASES
 
 WAYS = ("off", "live", "detached", "frozen", "cached", "preference", *DECODER_PHASES)  # of phases.X.speech
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Sizes of the model. Without `vision` it takes text and audio, without `talker` it answers in text alone."""
-
-    text: TextConfig
-    audio: AudioConfig
-    vision: VisionConfig | None = None
-    talker: TalkerConfig | None = None
-    code2wav: Code2WavConfig | None = None
-
-
-@dataclass(frozen=True)
-class OptimConfig:
-    """AdamW and its schedule. The learning rate is a pure function of the step."""
-
-    lr: float = 1e-3
-    lr_scale: dict[str, float] = field(default_factory=dict)
-    """Multiplier by parameter pattern, for instance {"audio_tower.*": 0.1}. The first match counts."""
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    """On matrices only: norms, biases and embeddings are not decayed."""
-    clip: float = 1.0
-    """Largest global gradient norm; 0 for none."""
-    schedule: str = "cosine"
-    """cosine or wsd (warm-up, stable, decay)."""
-    warmup_steps: int = 0
-    decay_steps: int = 0
-    """wsd: the last so many steps of a phase fall to `final_lr` times lr, linearly."""
-    final_lr: float = 0.1
-    """Where the schedule ends, as a share of lr."""
-
-
-@dataclass(frozen=True)
-class Phase:
-    """A stretch of a run with its own trainable parameters and a fresh optimizer."""
-
-    steps: int
-    train: list[str] = field(default_factory=lambda: ["*"])
-    """Patterns of the parameters that learn; all others are frozen."""
-    freeze: list[str] = field(default_factory=list)
-    """Patterns taken out of `train` again."""
-    lr: float | None = None
-    """Instead of optim.lr."""
-    warmup_steps: int | None = None
-    """Instead of optim.warmup_steps."""
-    speech: str = "off"
-    """How the Talker learns, and what of the Thinker runs for it: live (whole, the Talker's gradient reaches it),
-    detached (whole, each with its own gradient), frozen (up to the layer that the Talker reads) or cached (not at all:
-    launch.cache_hidden has kept that layer). preference: as frozen, from pairs of code sequences (launch.preferences)
-    by the loss of train/preference.py. off: text alone. waveform: the waveform decoder learns, by spectral losses, and
-    nothing else runs; adversarial: against discriminators too."""
-    speakers: list[str] = field(default_factory=list)
-    """Learn from answers of these speakers alone; empty: of all."""
-    sequence_length: int | None = None
-    """Instead of data.sequence_length: the phase then has a plan of its own."""
-    mixture: Mixture | None = None
-    """Instead of data.mixture: the phase then has a plan of its own, whose epochs count from its first step."""
-
-
-@dataclass(frozen=True)
-class LossConfig:
-    """Weights and block sizes of the loss."""
-
-    balance: float = 0.001
-    """Weight of the load-balancing loss (docs/design.md)."""
-    text: float = 1.0
-    """Weight of the Thinker's cross-entropy in phases that train speech with it."""
-    residual: float = 0.3
-    """Weight of the residual codebooks together, beside the first one's 1; theirs is the mean."""
-    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
-    """Of phases with speech=preference."""
-    max_logits: int = 40_000_000
-    """Logits that exist at the same time; 160 MB in fp32 by default."""
-    waveform: WaveformConfig = field(default_factory=WaveformConfig)
-    """Of phases that train the waveform decoder (train/waveform_config.py)."""
-
-
-@dataclass(frozen=True)
-class EngineConfig(Degrees):
-    """What runs the optimizer step: beside its degrees."""
-
-    device: str = "auto"
-    """auto, cpu or cuda."""
-    share_encoders: bool = True
-    """deepspeed: deal the media of a step over the ranks evenly, whatever rank their documents are on. The encoders'
-    activations of a whole step are held then; false encodes micro-batch by micro-batch, each rank its own."""
-    media_share: float = 0.25
-    """megatron: of a pack's tokens, how many are thought to be media when layers are dealt to pipeline stages: the
-    first stage has the encoders too, and gets so many layers fewer."""
-    dispatcher: str = "alltoall"
-    """megatron: alltoall, or deepep where that package is installed."""
-    transformer_engine: bool = False
-    """megatron: linear maps and norms of TransformerEngine, where that package is installed."""
-    overlap: bool = False
-    """megatron: reduce gradients while the backward goes on, gather weights while the forward does."""
-    memory_gb: float = 0.0
-    """megatron: memory that a rank may take; a layout that needs more (docs/plan.md) is refused before a model is made.
-    0 is the GPU's own; on a CPU, no limit."""
-    threads: int = 0
-    """CPU threads of a process; 0 leaves torch's choice."""
-
-
-@dataclass(frozen=True)
-class SaveConfig:
-    """Checkpoints."""
-
-    every: int = 1000
-    keep: int = 2
-    """Newest checkpoints kept; older ones are deleted."""
-
-
-@dataclass(frozen=True)
-class EvalConfig:
-    """Evaluation inside training and by `python -m launch.evaluate`."""
-
-    every: int = 0
-    """Steps between evaluations; 0: only at the end of the run."""
-    suite: str = "asr"
-    sets: dict[str, list[str]] = field(default_factory=dict)
-    """Name of a set -> its shards, for instance {heldout: [corpus/heldout/*.tar]}."""
-    max_samples: int = 0
-    """Samples taken from each set, always the same random ones; 0: all."""
-    max_new_tokens: int = 64
-    batch_tokens: int = 4096
-    """Prompt tokens decoded together."""
-
-
-@dataclass(frozen=True)
-class LogConfig:
-    """metrics.jsonl is always written."""
-
-    every: int = 10
-    """Steps between lines."""
-    wandb: str = "off"
-    """off, offline or online."""
-    project: str = "omniloom"
-    keys: bool = False
-    """Also write the keys of every sample consumed, per rank: proof of exact resume."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """One run."""
-
-    name: str
-    model: ModelConfig
-    data: DataConfig
-    seed: int = 0
-    run: str = "outputs/${name}"
-    """Folder of the run: recipe.yaml, metrics.jsonl, checkpoints/, eval/, curves.png."""
-    resume: str = "auto"
-    """auto: go on if there is a checkpoint; latest: there must be one; never: there must be none; or a path of one."""
-    init: str | None = None
-    """Weights to start from: a run, a checkpoint or a folder of released-layout safetensors."""
-    phases: dict[str, Phase] = field(default_factory=dict)
-    max_steps: int = 0
-    """Stop (and save) after this step even if phases go on; 0: no limit. The schedule is not changed by it."""
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
-    engine: EngineConfig = field(default_factory=EngineConfig)
-    save: SaveConfig = field(default_factory=SaveConfig)
-    eval: EvalConfig = field(default_factory=EvalConfig)
-    log: LogConfig = field(default_factory=LogConfig)
 
 
 @dataclass(frozen=True)

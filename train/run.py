@@ -22,11 +22,12 @@ from tqdm import tqdm
 from data.types import Batch
 from train import ranks
 from train.checkpoint import Saver
+from train.config import Recipe
 from train.engines import Engine
 from train.evaluate import Evaluator
 from train.feed import Course, Feed
 from train.metrics import Meters, cut_after
-from train.recipe import Recipe, as_yaml
+from train.recipe import as_yaml
 
 
 class Run:
@@ -121,10 +122,7 @@ class Run:
         """Evaluate on every set and record the results."""
         began = time.monotonic()
         for report in self.evaluator.reports(engine, step):
-            found = {"wer": report.wer, "words": report.num_words, "accuracy": report.rows[-1].accuracy}
-            if report.loss is not None:
-                found |= {"loss": report.loss, "targets": report.num_targets}
-            self.meters.record(step, {"eval": report.set_name, **found})
+            self.meters.record(step, {"eval": report.set_name, **report.metrics})
             if ranks.rank() == 0:
                 self.meters.say(report.table())
                 report.write(self.folder / "eval", step)

@@ -14,8 +14,8 @@ from data.segment_reader import SegmentReader, Sound
 from data.tokenizer import Tokenizer
 from data.vision import Patching
 from models.omni_config import Code2WavConfig
+from train.config import Recipe
 from train.layout import ModelLayout
-from train.recipe import Recipe
 from train.waveform_loss import SAMPLE_RATE
 
 

@@ -11,10 +11,10 @@ from launch.arguments import guarded
 from launch.plan import main, read
 from launch.plan_search import choose, layouts
 from models.config import AudioConfig, TextConfig, ThinkerConfig
+from train.config import EngineConfig
 from train.fits import RESERVE, usual_pack
 from train.hardware import GPUS
 from train.parallel import Layout, check_layout
-from train.recipe import EngineConfig
 from train.throughput import bubble, estimate, expert_exchange
 
 ASK = ["model=qwen3_omni_30b_a3b", "gpus=64", "gpu=h200", "seq=32768"]

@@ -21,7 +21,7 @@ from launch.evaluate import evaluate
 from tests.data.corpus_kit import written
 from tests.data.test_kmeans_codec import write
 from tests.launch.tts_kit import SPEAKERS, TEXTS, TOKENIZER, said, write_run, write_sets
-from train.recipe import EvalConfig
+from train.config import EvalConfig
 from train.recogniser import Recogniser
 
 

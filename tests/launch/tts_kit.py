@@ -21,10 +21,11 @@ from tests.data.corpus_kit import spoken
 from tests.data.test_kmeans_codec import SIZES, speechlike, write
 from tests.launch.tiny_omni import tiny_tokenizer
 from train.checkpoint import Saver
+from train.config import EngineConfig, EvalConfig, ModelConfig, Phase, Recipe
 from train.engines.build import build_engine
 from train.engines.setup import EngineSetup
 from train.main import model_config
-from train.recipe import EngineConfig, EvalConfig, ModelConfig, Phase, Recipe, as_yaml
+from train.recipe import as_yaml
 
 TOKENIZER = tiny_tokenizer()
 CODES, GROUPS = SIZES.codebook_size, SIZES.codebooks

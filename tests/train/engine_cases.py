@@ -19,12 +19,12 @@ from models.audio_encoder import num_audio_tokens
 from models.config import AudioConfig, TextConfig, ThinkerConfig, VisionConfig
 from models.vision_encoder import num_vision_tokens
 from train import ranks
+from train.config import EngineConfig, LossConfig, OptimConfig, Phase
 from train.engines import MOMENTS, VALUE, WEIGHT, Engine, Shard
 from train.engines.build import build_engine
 from train.engines.setup import EngineSetup
 from train.errors import EngineError
 from train.loss import SHARE
-from train.recipe import EngineConfig, LossConfig, OptimConfig, Phase
 
 MELS, WORDS, VIDEO, IMAGE, AUDIO = 128, 60, 61, 62, 63
 PATCH = 24  # values of a patch: 2 x 2 pixels of 3 colours in 2 frames

@@ -27,12 +27,12 @@ from models.config import AudioConfig, TextConfig, ThinkerConfig, VisionConfig, 
 from models.layers.experts import _upcasts
 from models.vision_encoder import num_vision_tokens
 from train.activations import Pack
+from train.config import EngineConfig, LossConfig, OptimConfig, Phase
 from train.engine_state import Job
 from train.engines.build import build_engine
 from train.engines.setup import EngineSetup
 from train.memory import Memory, memory_of
 from train.parallel import Layout
-from train.recipe import EngineConfig, LossConfig, OptimConfig, Phase
 
 TINY = {"hidden": 128, "head_dim": 32, "width": 64, "vocab": 256, "layers": 3, "experts": 4}
 SMALL = {"hidden": 256, "head_dim": 64, "width": 128, "vocab": 512, "layers": 2, "experts": 8}

@@ -19,11 +19,11 @@ from models.say import media_states, user_positions
 from models.talker_inputs import TalkerPlan, join, plan_document
 from tests.train.engine_cases import LINEAR, MELS, State
 from train import ranks
+from train.config import EngineConfig, LossConfig, OptimConfig, Phase
 from train.engines import VALUE, Engine
 from train.engines.build import build_engine
 from train.engines.setup import EngineSetup
 from train.preference import PreferenceConfig
-from train.recipe import EngineConfig, LossConfig, OptimConfig, Phase
 
 WORDS, AUDIO, START, END, SYSTEM, USER, ASSISTANT, LINE, PAD, BOS, EOS = 40, *range(50, 60)
 CODES, GROUPS, STEPS = 16, 3, 3

@@ -15,9 +15,9 @@ from data.sample import SampleRecord
 from data.shards import write_shards
 from tests.data.corpus_kit import spoken, tokenizer, written
 from tests.data.layouts import layout_of
+from train.config import EvalConfig
 from train.engines import Shard
 from train.evaluate import Evaluator, normalise
-from train.recipe import EvalConfig
 
 
 @pytest.mark.parametrize(

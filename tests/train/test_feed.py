@@ -13,9 +13,10 @@ from data.mixture import Mixture
 from data.shards import write_shards
 from data.tokenizer import load_tokenizer
 from tests.data.corpus_kit import Made, costs_corpus, costs_plan, mixed, tokenizer, written
+from train.config import Phase
 from train.feed import Course, Feed, open_feed
 from train.main import model_config
-from train.recipe import Phase, Span, load_recipe
+from train.recipe import Span, load_recipe
 
 READER: Any = None  # nothing is read here
 SHARDS = [[Made(10, source="a"), Made(7, source="b")] * 40]

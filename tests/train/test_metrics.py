@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from data.types import Batch
+from train.config import LogConfig
 from train.engines import StepStats
 from train.metrics import Meters, cut_after, draw_curves
-from train.recipe import LogConfig
 
 
 def stats(loss: float, targets: int = 10) -> StepStats:

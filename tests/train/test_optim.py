@@ -7,9 +7,9 @@ import math
 import pytest
 from torch import nn
 
+from train.config import OptimConfig, Phase
 from train.errors import RecipeError
 from train.optim import lr_at, param_groups, select_trainable
-from train.recipe import OptimConfig, Phase
 
 
 class Toy(nn.Module):

@@ -11,10 +11,11 @@ import torch
 from data.tokenizer import IMAGE_PAD, VIDEO_PAD, train_tokenizer
 from models.config import ThinkerConfig
 from models.thinker import Thinker
+from train.config import Recipe
 from train.errors import RecipeError
 from train.main import model_config
 from train.optim import select_trainable
-from train.recipe import Recipe, as_yaml, load_recipe, load_saved, recipe_names
+from train.recipe import as_yaml, load_recipe, load_saved, recipe_names
 
 FILL = ["init=null", "data.shards=[a.tar]", "data.tokenizer=t", "data.codec=c"]
 

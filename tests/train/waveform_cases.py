@@ -16,10 +16,10 @@ from tests.train import speech_cases
 from tests.train.engine_cases import LINEAR, MELS, State
 from train import ranks
 from train.adversary import AdversaryConfig
+from train.config import EngineConfig, LossConfig, OptimConfig, Phase
 from train.engines import MOMENTS, WEIGHT, Engine
 from train.engines.build import build_engine
 from train.engines.setup import EngineSetup
-from train.recipe import EngineConfig, LossConfig, OptimConfig, Phase
 from train.waveform import add_adversary
 from train.waveform_config import WaveformConfig
 from train.waveform_loss import SpectralConfig

@@ -23,12 +23,12 @@ from models.init import init_scale, init_tensor, init_weights
 from models.omni import Omni
 from models.omni_config import OmniConfig
 from models.thinker import Thinker
+from train.config import EngineConfig, LossConfig, OptimConfig, Phase
 from train.engines import VALUE, WEIGHT, StateReader, StepStats
 from train.errors import RecipeError
 from train.loss import IGNORE, Objective, Totals, inputs_of, pictures_of, uniform_share
 from train.optim import param_groups, select_trainable
 from train.preference import PreferenceObjective
-from train.recipe import EngineConfig, LossConfig, OptimConfig, Phase
 from train.speech import SpeechObjective
 from train.waveform import ADVERSARY, WaveformObjective, add_adversary
 from train.waveform_config import DECODER_PHASES

@@ -20,7 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.distributed import ProcessGroup
 
 from models.config import TextConfig
-from train.recipe import EngineConfig
+from train.config import EngineConfig
 
 mpu: Any = parallel_state  # its groups are typed as anything
 

@@ -27,12 +27,12 @@ from torch import Tensor
 from models.config import TextConfig, ThinkerConfig
 from models.talker import Talker
 from models.thinker import Media, Thinker
+from train.config import EngineConfig
 from train.engines.megatron.block import BalancedRouter, GroupedExperts, block_spec, tap
 from train.engines.megatron.layout import Peers
 from train.engines.megatron.packs import TalkerPack, ThinkerPack
 from train.engines.megatron.parts import Encoders, Head, embedding, made, residual_sums
 from train.engines.megatron.preference import preference_sums
-from train.recipe import EngineConfig
 
 Share = Callable[[Tensor], Tensor]  # sums of the terms [K] -> share of the global loss
 

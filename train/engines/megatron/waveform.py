@@ -19,9 +19,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from data.types import Batch
+from train.config import EngineConfig
 from train.engines.megatron.passes import Parts, as_loss
 from train.engines.megatron.stages import Share
-from train.recipe import EngineConfig
 from train.waveform import ADVERSARY, WaveformObjective
 
 WHOLE = {"tp": 1, "ep": 1, "pp": 1, "cp": 1, "expert_tp": 1, "interleave": 1}
