@@ -13,7 +13,7 @@ setup: .venv/.stamp
 	@echo "setting up .venv (two minutes, once)"
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ": set PYTHON=python3.11")'
 	@$(PYTHON) -m venv .venv || (echo "python3-venv is missing: apt-get install python3-venv" && exit 1)
-	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[deepspeed,demo,hf,megatron,serve,wandb,dev]'
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[deepspeed,demo,docs,hf,megatron,serve,tensorboard,wandb,dev]'
 	@touch $@
 
 demo: .venv/.stamp  ## a tiny omni model learns to hear, see, answer and speak, in 20 minutes
