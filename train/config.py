@@ -53,7 +53,9 @@ class OptimConfig:
 class Phase:
     """A stretch of a run with its own trainable parameters and a fresh optimizer."""
 
-    steps: int
+    steps: int = 0
+    tokens: int = 0
+    """Instead of `steps`: as many steps as hold so many tokens, every position of the packs counted."""
     train: list[str] = field(default_factory=lambda: ["*"])
     """Patterns of the parameters that learn; all others are frozen."""
     freeze: list[str] = field(default_factory=list)
@@ -135,6 +137,8 @@ class EvalConfig:
     every: int = 0
     """Steps between evaluations; 0: only at the end of the run."""
     suite: str = "asr"
+    best: str = ""
+    """SET.METRIC: the checkpoint where it was best is kept, and checkpoints/best names it."""
     sets: dict[str, list[str]] = field(default_factory=dict)
     """Name of a set -> its shards, for instance {heldout: [corpus/heldout/*.tar]}."""
     max_samples: int = 0
@@ -142,6 +146,18 @@ class EvalConfig:
     max_new_tokens: int = 64
     batch_tokens: int = 4096
     """Prompt tokens decoded together."""
+
+
+@dataclass(frozen=True)
+class EndConfig:
+    """When the last phase of a run ends before its steps are over: a metric got no better."""
+
+    metric: str = ""
+    """SET.METRIC of an evaluation, for instance heldout.wer; empty: never."""
+    patience: int = 3
+    """Evaluations in a row without a better value."""
+    min_delta: float = 0.0
+    """What counts as better: by more than this."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +186,12 @@ class Recipe:
     resume: str = "auto"
     """auto: go on if there is a checkpoint; latest: there must be one; never: there must be none; or a path of one."""
     init: str | None = None
-    """Weights to start from: a run, a checkpoint or a folder of released-layout safetensors."""
+    """Weights to start from: a run, a checkpoint or a folder of released-layout safetensors. Several have commas
+    between them, and the first that has a parameter gives it."""
+    fresh: list[str] = field(default_factory=list)
+    """Patterns of parameters that may be in none of them, and then begin anew."""
+    carry: str = "weights"
+    """What `init` gives: weights, or optimizer: AdamW's moments too, of a run whose last phase trained the same."""
     phases: dict[str, Phase] = field(default_factory=dict)
     max_steps: int = 0
     """Stop (and save) after this step even if phases go on; 0: no limit. The schedule is not changed by it."""
@@ -179,4 +200,5 @@ class Recipe:
     engine: EngineConfig = field(default_factory=EngineConfig)
     save: SaveConfig = field(default_factory=SaveConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    end: EndConfig = field(default_factory=EndConfig)
     log: LogConfig = field(default_factory=LogConfig)

@@ -31,17 +31,16 @@ def fit(engine: Engine, stream: Iterable[tuple[int, Sequence[Batch]]], span: Spa
         run.report_skipped(microbatches)
         stopped = ranks.agree(run.stop_requested)
         last = step == end
-        if run.is_due(recipe.eval.every, step) and not (stopped or last):
-            run.evaluate(engine, step)
+        best = run.is_due(recipe.eval.every, step) and not (stopped or last) and run.evaluate(engine, step)
         too_many_bad = run.meters.num_skipped > recipe.data.max_bad_samples
-        if run.is_due(recipe.save.every, step) or stopped or last or too_many_bad:
+        if run.is_due(recipe.save.every, step) or stopped or last or best or run.ended or too_many_bad:
             run.save(engine, step)
         if too_many_bad:
             raise EngineError(
                 f"{run.meters.num_skipped} samples could not be read, more than data.max_bad_samples="
                 f"{recipe.data.max_bad_samples}; the lines above name them. Repair the shards or raise the limit"
             )
-        if stopped:
-            return True
+        if stopped or run.ended:
+            return stopped
         asked = time.monotonic()
     return False

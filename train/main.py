@@ -1,6 +1,7 @@
 """The whole program: recipe -> data -> for each phase: engine, state, loop -> curves.
 
     python train.py recipe=demo [KEY=VALUE ...]
+    python train.py recipe=curriculum [from=STAGE] [to=STAGE] [STAGE.KEY=VALUE ...]
     torchrun --nproc-per-node 8 train.py recipe=stage2 engine=deepspeed engine.ep=8
 
 A run's state is the number of its next step: the phase, the learning rate and the order of the data follow from it. A
@@ -26,8 +27,9 @@ from models.flops import training_flops
 from models.hf import released_pieces
 from models.omni_config import OmniConfig
 from train import ranks
-from train.checkpoint import CheckpointReader, Manifest, Saver, choose, open_weights
+from train.checkpoint import CheckpointReader, Manifest, Saver, choose
 from train.config import Recipe
+from train.curriculum import is_curriculum, load_curriculum
 from train.engines import Shard, StateReader
 from train.engines.build import build_engine
 from train.engines.setup import EngineSetup
@@ -36,11 +38,14 @@ from train.evaluate import Evaluator
 from train.feed import Course, Feed, open_evaluator, open_feed
 from train.hardware import peak_flops
 from train.hidden import cached_course
+from train.journey import travel
 from train.layout import joining_ids
 from train.loop import fit
 from train.metrics import Meters, draw_curves
 from train.recipe import Span, load_recipe, spans
-from train.run import Run
+from train.run import Position, Run
+from train.start import carried_steps, open_init, warn_of_new_decoder
+from train.watch import Watch
 from train.waveform_config import DECODER_PHASES
 
 USER_ERRORS = (RecipeError, DataError, ConfigError, CheckpointError, EngineError)
@@ -52,7 +57,8 @@ def main(argv: Sequence[str], stopped: int = 0) -> int:
     `stopped` when it was stopped as asked, by Ctrl-C or SIGTERM: commands that go on after training ask for another.
     """
     try:
-        return 0 if train(load_recipe(argv)) else stopped
+        done = travel(load_curriculum(argv), train) if is_curriculum(argv) else train(load_recipe(argv))
+        return 0 if done else stopped
     except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -80,7 +86,8 @@ def train(recipe: Recipe) -> bool:
     for span in phases:
         manifest = choose(folder, resume, agree=ranks.agree, rank=ranks.rank(), world=ranks.world(), warn=tell)
         step, stop = manifest.step if manifest else 0, min(span.stop, total)
-        if step >= stop:
+        watch = Watch(recipe.eval.best, recipe.end, manifest.info.get("watch") if manifest else None)
+        if step >= stop or (watch.ended and span is phases[-1]):
             tell(f"phase {span.name}: done at step {step}")
             continue
         course = feed.courses[span.name]
@@ -96,11 +103,12 @@ def train(recipe: Recipe) -> bool:
         setup = engine_setup(recipe, model, span, device)
         state = stored_state(recipe, setup, manifest)  # that of another model is refused before ours is made
         engine = build_engine(setup)
+        updates = 0 if state is None else updates_before(recipe, span, manifest, state)
         if state is not None:
-            engine.restore(state, optimizer_step=max(0, step - span.start) if manifest is not None else 0)
+            engine.restore(state, optimizer_step=updates)
         if manifest is not None:
             tell(f"resumed at step {step} from {manifest.folder}")
-        run = open_run(recipe, folder, setup, span, manifest, evaluator, feed, course, engine.shard)
+        run = open_run(recipe, folder, setup, span, manifest, evaluator, feed, course, engine.shard, watch, updates)
         run.listen()
         with closing(run), closing(engine):
             batches = stream(
@@ -116,12 +124,12 @@ def train(recipe: Recipe) -> bool:
             )
             with closing(batches):
                 stopped = fit(engine, batches, span, recipe, run)
-            if not stopped and stop == total:
+            if not (stopped or run.ended) and stop == total:
                 run.evaluate(engine, total)
             for line in course.report(run.step):
                 tell(line)
         ranks.barrier()  # the checkpoint is published before any rank looks for it
-        if stopped or stop == total:
+        if stopped or stop == total or run.ended:
             break
         resume = "latest"
     if ranks.rank() == 0:
@@ -165,12 +173,18 @@ def stored_state(recipe: Recipe, setup: EngineSetup, manifest: Manifest | None) 
     if manifest is not None:
         return CheckpointReader(manifest, released_pieces, identity=asdict(setup.model))
     if recipe.init is not None:
-        weights = open_weights(recipe.init, released_pieces)
-        if setup.phase.speech in DECODER_PHASES and not weights.kinds("code2wav.code_embedding.weight"):
-            if ranks.rank() == 0:
-                tqdm.write(f"{recipe.init} has no code2wav: the decoder begins anew")
+        weights = open_init(recipe, setup)
+        if setup.phase.speech in DECODER_PHASES and (line := warn_of_new_decoder(recipe, weights)):
+            tqdm.write(line)
         return weights
     return None
+
+
+def updates_before(recipe: Recipe, span: Span, manifest: Manifest | None, state: StateReader) -> int:
+    """Updates that the optimizer state to start from is of; 0: it begins anew, as in every new phase."""
+    if manifest is None:
+        return carried_steps(recipe, state)
+    return manifest.info.get("optimizer_step", manifest.step - span.start) if manifest.step > span.start else 0
 
 
 def open_run(
@@ -183,6 +197,8 @@ def open_run(
     feed: Feed,
     course: Course,
     shard: Shard,
+    watch: Watch,
+    updates: int,
 ) -> Run:
     """Meters and writer of a phase. The writer's memory is allocated at the first save."""
     step = manifest.step if manifest else 0
@@ -208,7 +224,8 @@ def open_run(
         released_pieces=released_pieces,
         warn=meters.say,
     )
-    return Run(recipe, folder, meters, saver, evaluator, asdict(setup.model), feed, course, step, shard.leads)
+    at = Position(step, updates, span.name, final=span == spans(recipe)[-1])
+    return Run(recipe, folder, meters, saver, evaluator, asdict(setup.model), feed, course, watch, at, shard.leads)
 
 
 def farewell(folder: Path, stopped: bool) -> None:

@@ -10,12 +10,14 @@ instantiated by a name in a file. A choice is a plain string, looked up where it
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
@@ -26,6 +28,7 @@ from train.config import Phase, Recipe
 from train.errors import RecipeError
 from train.parallel import ENGINES
 from train.typed import build, nearest, paths
+from train.watch import check_watch
 from train.waveform_config import DECODER_PHASES
 
 WAYS = ("off", "live", "detached", "frozen", "cached", "preference", *DECODER_PHASES)  # of phases.X.speech
@@ -53,24 +56,52 @@ def spans(recipe: Recipe) -> list[Span]:
 
 def load_recipe(argv: Sequence[str], folder: Path = RECIPES) -> Recipe:
     """Compose `recipe=NAME KEY=VALUE ...`. Raises RecipeError with the nearest valid name for a typo."""
-    given = [_split(word) for word in argv]
+    given = [split_word(word) for word in argv]
+    name = chosen_recipe(given, folder)
+    groups = recipe_groups(folder)
+    composed = composed_recipe(name, [(key, value) for key, value in given if key in groups], folder)
+    values = [(key, value) for key, value in given if key not in groups | {"recipe"}]
+    return typed(composed, values, where=f"recipe {name}")
+
+
+def chosen_recipe(given: Sequence[tuple[str, str]], folder: Path = RECIPES) -> str:
+    """The NAME of recipe=NAME, or the path of a file of the user's. Raises RecipeError with the nearest name."""
     names = recipe_names(folder)
     chosen = [value for key, value in given if key == "recipe"]
     if len(chosen) != 1:
-        raise RecipeError(f"give one recipe=NAME; there are {', '.join(names)}")
+        raise RecipeError(f"give one recipe=NAME, or the path of a .yaml file; there are {', '.join(names)}")
+    if chosen[0].endswith(".yaml"):
+        if not Path(chosen[0]).is_file():
+            raise RecipeError(f"recipe={chosen[0]}: no such file")
+        return chosen[0]
     if chosen[0] not in names:
         raise RecipeError(f"unknown recipe {chosen[0]!r}{nearest(chosen[0], names)}; there are {', '.join(names)}")
-    groups = {path.name for path in folder.iterdir() if path.is_dir()}
-    choices = [(key, value) for key, value in given if key in groups]
-    values = [(key, value) for key, value in given if key not in groups | {"recipe"}]
+    return chosen[0]
+
+
+def recipe_groups(folder: Path = RECIPES) -> set[str]:
+    """Groups that a recipe picks from, such as model and engine."""
+    return {path.name for path in folder.iterdir() if path.is_dir()}
+
+
+def composed_recipe(name: str, choices: Sequence[tuple[str, str]], folder: Path = RECIPES) -> DictConfig:
+    """recipes/NAME.yaml with (group, option) chosen, as plain values. Raises RecipeError for an unknown option.
+
+    A file of the user's own, given by its path, may build on recipes and groups of `folder` in its defaults.
+    """
     for group, value in choices:
         options = sorted(path.stem for path in (folder / group).glob("*.yaml"))
         if value not in options:
             raise RecipeError(f"unknown {group}={value}{nearest(value, options)}; there are {', '.join(options)}")
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(folder.resolve()), version_base="1.3"):
-        composed = compose(chosen[0], overrides=[f"{key}={value}" for key, value in choices])
-    return typed(composed, values, where=f"recipe {chosen[0]}")
+    overrides, home = [f"{key}={value}" for key, value in choices], folder
+    if name.endswith(".yaml"):
+        overrides, home = [f"hydra.searchpath=[file://{folder.resolve()}]", *overrides], Path(name).parent
+    try:
+        with initialize_config_dir(str(home.resolve()), version_base="1.3"):
+            return compose(Path(name).stem, overrides=overrides)
+    except (OmegaConfBaseException, HydraException, YAMLError) as error:
+        raise RecipeError(f"recipe {name}: {' '.join(str(error).split())}") from None
 
 
 def load_saved(path: Path, argv: Sequence[str]) -> Recipe:
@@ -83,7 +114,7 @@ def load_saved(path: Path, argv: Sequence[str]) -> Recipe:
         raise RecipeError(f"{path}: not a recipe: {' '.join(str(error).split())}") from None
     if not isinstance(loaded, DictConfig):
         raise RecipeError(f"{path}: not a recipe: expected settings")
-    return typed(loaded, [_split(word) for word in argv], where=str(path))
+    return typed(loaded, [split_word(word) for word in argv], where=str(path))
 
 
 def typed(plain: DictConfig, values: Iterable[tuple[str, str]], where: str) -> Recipe:
@@ -104,9 +135,24 @@ def typed(plain: DictConfig, values: Iterable[tuple[str, str]], where: str) -> R
         resolved = OmegaConf.to_container(OmegaConf.merge(defaults, merged), resolve=True)
     except (OmegaConfBaseException, YAMLError) as error:
         raise RecipeError(f"{where}: {' '.join(str(error).split())}") from None
-    recipe = build(Recipe, resolved)
+    recipe = _with_steps(build(Recipe, resolved))
     _validate(recipe)
     return recipe
+
+
+def _with_steps(recipe: Recipe) -> Recipe:
+    """Phases that say `tokens` with the steps that hold them: all positions of the packs, the last step whole."""
+    phases = {}
+    for name, phase in recipe.phases.items():
+        length = phase.sequence_length or recipe.data.sequence_length
+        steps = math.ceil(phase.tokens / max(1, length * recipe.data.sequences_per_step))
+        if phase.tokens and phase.steps not in (0, steps):
+            raise RecipeError(
+                f"phases.{name}: give steps or tokens, not both: {phase.tokens:,} tokens are {steps:,} steps, not "
+                f"{phase.steps:,}"
+            )
+        phases[name] = replace(phase, steps=steps) if phase.tokens else phase
+    return replace(recipe, phases=phases)
 
 
 def _require_phase(key: str, merged: DictConfig) -> None:
@@ -129,7 +175,8 @@ def recipe_names(folder: Path = RECIPES) -> list[str]:
     return sorted(path.stem for path in folder.glob("*.yaml") if not path.stem.startswith("_"))
 
 
-def _split(word: str) -> tuple[str, str]:
+def split_word(word: str) -> tuple[str, str]:
+    """KEY=VALUE of the command line. Raises RecipeError."""
     key, equals, value = word.partition("=")
     if not equals or not key:
         raise RecipeError(f"cannot read {word!r}: settings are KEY=VALUE, for instance optim.lr=1e-4")
@@ -161,6 +208,7 @@ def _validate(recipe: Recipe) -> None:
     _one_of("optim.schedule", recipe.optim.schedule, ("cosine", "wsd"))
     _one_of("log.wandb", recipe.log.wandb, ("off", "offline", "online"))
     _one_of("eval.suite", recipe.eval.suite, ("asr",))
+    _one_of("carry", recipe.carry, ("weights", "optimizer"))
     try:
         recipe.data.validate()
         for name, phase in recipe.phases.items():
@@ -204,3 +252,4 @@ def _validate(recipe: Recipe) -> None:
     for key, value in at_least_one.items():
         if value < 1:
             raise RecipeError(f"{key}={value}: it must be at least 1")
+    check_watch(recipe)

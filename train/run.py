@@ -13,6 +13,7 @@ import json
 import signal
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,13 +22,25 @@ from tqdm import tqdm
 
 from data.types import Batch
 from train import ranks
-from train.checkpoint import Saver
+from train.checkpoint import Saver, name_best
 from train.config import Recipe
 from train.engines import Engine
 from train.evaluate import Evaluator
 from train.feed import Course, Feed
 from train.metrics import Meters, cut_after
 from train.recipe import as_yaml
+from train.watch import Watch
+
+
+@dataclass
+class Position:
+    """Where a run is: its next step, the updates that its optimizer has made, the phase."""
+
+    step: int
+    updates: int
+    phase: str
+    final: bool
+    """Whether no phase follows."""
 
 
 class Run:
@@ -43,13 +56,14 @@ class Run:
         identity: Mapping[str, Any],
         feed: Feed,
         course: Course,
-        start_step: int,
+        watch: Watch,
+        at: Position,
         leads: bool,
     ) -> None:
         """`leads`: of the ranks that read the same samples, this is the one that speaks of them."""
         self.recipe, self.folder, self.meters, self.saver = recipe, folder, meters, saver
         self.evaluator, self.identity, self.feed, self.course = evaluator, identity, feed, course
-        self.step, self.leads = start_step, leads
+        self.watch, self.at, self.leads = watch, at, leads
         self.stop_requested = False
         self._handlers: dict[signal.Signals, Any] = {}  # what signals did before `listen`
         if ranks.rank() == 0:
@@ -57,8 +71,18 @@ class Run:
         self._keys = None
         if recipe.log.keys and leads:
             path = folder / f"keys-rank{ranks.rank()}.jsonl"
-            cut_after(path, start_step)
+            cut_after(path, at.step)
             self._keys = path.open("a")
+
+    @property
+    def step(self) -> int:
+        """Of the update that comes next."""
+        return self.at.step
+
+    @property
+    def ended(self) -> bool:
+        """Whether the last phase is over before its steps are: its metric got no better (recipe.end)."""
+        return self.at.final and self.watch.ended
 
     @staticmethod
     def open_folder(recipe: Recipe) -> Path:
@@ -88,7 +112,7 @@ class Run:
 
     def consumed(self, step: int, microbatches: Sequence[Batch]) -> None:
         """Note how far the run is, and the samples of a step when log.keys asks for it."""
-        self.step = step
+        self.at.step, self.at.updates = step, self.at.updates + 1
         if self._keys is not None:
             keys = [key for batch in microbatches for key in batch.keys]
             self._keys.write(json.dumps({"step": step, "keys": keys}) + "\n")
@@ -112,25 +136,37 @@ class Run:
             },
             "seed": self.recipe.seed,  # every draw is keyed by (seed, epoch, sample): there is no other random state
             "data": self.feed.position(step),
+            "optimizer_step": self.at.updates,
+            "watch": self.watch.info(),
             "counters": {"skipped": self.meters.num_skipped},
         }
         self.meters.exclude(self.saver.save(step, engine.fragments(), info))
         if shares := self.course.shares(step):
             self.meters.record(step, {"mixture": shares})
 
-    def evaluate(self, engine: Engine, step: int) -> None:
-        """Evaluate on every set and record the results."""
-        began = time.monotonic()
+    def evaluate(self, engine: Engine, step: int) -> bool:
+        """Evaluate on every set and record the results; whether this step's weights are the best so far. Collective."""
+        began, found = time.monotonic(), {}
         for report in self.evaluator.reports(engine, step):
+            found[report.set_name] = report.metrics
             self.meters.record(step, {"eval": report.set_name, **report.metrics})
             if ranks.rank() == 0:
                 self.meters.say(report.table())
                 report.write(self.folder / "eval", step)
+        best = bool(found) and self.watch.update(step, self.at.phase, found)
+        if self.ended:
+            self.meters.say(f"{self.watch.end.metric} got no better in {self.watch.plateau.stale} evaluations: the end")
         self.meters.exclude(time.monotonic() - began)
+        return best
 
     def close(self) -> None:
         """Wait until the last checkpoint is published, end the meters, and listen to signals no longer."""
         self.saver.close()
+        if ranks.rank() == 0 and self.watch.best_step is not None:  # the last evaluation comes after the last save
+            try:
+                name_best(self.folder / "checkpoints", self.watch.best_step)
+            except OSError as error:
+                self.meters.say(f"checkpoints/best could not be written: {error.strerror or error}")
         self.meters.close()
         for name, handler in self._handlers.items():  # a command may go on with something else, which Ctrl-C must end
             signal.signal(name, handler)

@@ -32,9 +32,14 @@ class Engine:
 class Run:
     """Notes what the loop asks for."""
 
-    def __init__(self, stop_at: int = 0) -> None:
+    def __init__(self, stop_at: int = 0, best_at: int = 0, ends_at: int = 0) -> None:
         self.meters, self.saved, self.evaluated, self.stop_at = self, [], [], stop_at
+        self.best_at, self.ends_at = best_at, ends_at
         self.num_skipped, self.step = 0, 0
+
+    @property
+    def ended(self) -> bool:
+        return self.step == self.ends_at > 0
 
     @property
     def stop_requested(self) -> bool:
@@ -56,8 +61,9 @@ class Run:
     def save(self, engine, step) -> None:
         self.saved.append(step)
 
-    def evaluate(self, engine, step) -> None:
+    def evaluate(self, engine, step) -> bool:
         self.evaluated.append(step)
+        return step == self.best_at
 
 
 def batches(start: int, stop: int):
@@ -83,6 +89,13 @@ def test_evaluation_at_a_cadence_but_not_twice_at_the_end() -> None:
     run = Run()
     fit(Engine(), batches(0, 4), spans(recipe)[0], recipe, run)  # type: ignore[arg-type]
     assert run.evaluated == [2]
+
+
+def test_the_best_step_is_saved_and_a_run_that_has_ended_stops() -> None:
+    recipe = dataclasses.replace(RECIPE, eval=dataclasses.replace(RECIPE.eval, every=5))
+    engine, run = Engine(), Run(best_at=5, ends_at=8)
+    assert fit(engine, batches(4, 10), spans(recipe)[1], recipe, run) is False  # type: ignore[arg-type]
+    assert run.saved == [5, 6, 8] and len(engine.rates) == 4
 
 
 def test_too_many_bad_samples_save_then_stop() -> None:

@@ -14,7 +14,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from train.checkpoint.format import Manifest, ReleasedPieces, identity_pieces
+    from train.checkpoint.format import Manifest, ReleasedPieces, identity_pieces, name_best
     from train.checkpoint.reader import CheckpointReader, WeightsReader, open_weights
     from train.checkpoint.resume import candidates, choose, verify
     from train.checkpoint.saver import Saver
@@ -23,6 +23,7 @@ _MODULE_OF = {
     "Manifest": "format",
     "ReleasedPieces": "format",
     "identity_pieces": "format",
+    "name_best": "format",
     "CheckpointReader": "reader",
     "WeightsReader": "reader",
     "open_weights": "reader",
@@ -41,6 +42,7 @@ __all__ = [
     "candidates",
     "choose",
     "identity_pieces",
+    "name_best",
     "open_weights",
     "verify",
 ]

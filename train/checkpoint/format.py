@@ -8,6 +8,7 @@
         manifest.sha256         of manifest.json; `sha256sum -c manifest.sha256` checks it
       .step-00001250.LAUNCH/    being written, or left over from a killed run
       latest                    name of the newest published folder
+      best                      name of the one with the best evaluation, where the recipe names a metric (eval.best)
       .lock-rank0 ...           held by a writer process while it lives
 
 Parsing costs a few microseconds per range; everything read from a file is checked before it is used.
@@ -91,6 +92,20 @@ def folder_step(name: str) -> int | None:
     """Inverse of `step_folder`; None for any other name."""
     match = _STEP_FOLDER.fullmatch(name)
     return int(match[1]) if match else None
+
+
+def best_step(info: Mapping[str, Any]) -> int | None:
+    """Of the evaluation that the run thinks its best, from what a manifest says of the run."""
+    best = info.get("watch", {}).get("best", {})
+    return best["step"] if best.get("value") is not None else None
+
+
+def name_best(folder: Path, step: int) -> None:
+    """Let checkpoints/best name the checkpoint of a step, if it is there."""
+    if (folder / step_folder(step)).is_dir():
+        part = folder / ".best.part"
+        part.write_text(f"{step_folder(step)}\n")
+        part.replace(folder / "best")
 
 
 def rank_file(rank: int) -> str:

@@ -69,7 +69,8 @@ def choose(
     """Checkpoint to go on from, verified by all ranks together. Collective through `agree` (True if any rank says so).
 
     resume: "auto", the newest that verifies, None when the run has none; "latest", the same, but there must be one;
-    "never": None, and there must be none; or the path of one checkpoint, which must verify.
+    "best": the one of the best evaluation (eval.best); "never": None, and there must be none; or the path of one
+    checkpoint, which must verify.
     First waits up to `wait_s` for the writers of a run that is just dying: they may publish one more. So choose before
     this launch's Saver is made, and pass wait_s=0 to look into a run that is alive.
     Raises CheckpointError, on all ranks. Rank 0 warns about each damaged checkpoint that is passed over.
@@ -82,6 +83,8 @@ def choose(
         if found:
             raise CheckpointError(f"{run_folder}: has {found[0].name} already; set resume=auto, or another run folder")
         return None
+    if resume == "best":
+        resume = _best(Path(run_folder))
     if resume not in ("auto", "latest"):
         return _choose_path(Path(resume), agree, rank, world)
     for path in found:
@@ -97,6 +100,15 @@ def choose(
             f"{run_folder}: resume=latest, but there is no checkpoint; set resume=auto to start afresh"
         )
     return None
+
+
+def _best(run_folder: Path) -> str:
+    """Path of the checkpoint that checkpoints/best names."""
+    folder = run_folder / "checkpoints"
+    name = _read_small(folder / "best", 4096).decode(errors="replace").strip() if (folder / "best").exists() else ""
+    if folder_step(name) is None:
+        raise CheckpointError(f"{run_folder}: has no best checkpoint: eval.best names the metric that chooses it")
+    return str(folder / name)
 
 
 def _choose_path(path: Path, agree: Callable[[bool], bool], rank: int, world: int) -> Manifest:

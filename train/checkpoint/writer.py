@@ -17,6 +17,7 @@ Cost per save: one read of the snapshot (SHA-256) and one write, in 8 MiB pieces
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import mmap
@@ -35,11 +36,13 @@ from train.checkpoint.format import (
     CHECKSUM,
     ITEM_BYTES,
     MANIFEST,
+    best_step,
     build_manifest,
     checksum_line,
     folder_step,
     layout_header,
     layout_ranges,
+    name_best,
     rank_file,
     step_folder,
 )
@@ -172,9 +175,14 @@ class Writer:
         part.rename(self.folder / "latest")
         _fsync_folder(self.folder)
 
-    def delete_old(self, published: int) -> None:
-        """Keep the newest `keep` published checkpoints; remove what failed before this one."""
-        for _, path in self._published()[: -self.keep]:
+    def delete_old(self, published: int, best: int | None = None) -> None:
+        """Keep the newest `keep` published checkpoints and that of step `best`; remove what failed before this one."""
+        if best is not None:
+            with contextlib.suppress(OSError):  # a full disk: the trainer names it again at its end, and says so
+                name_best(self.folder, best)
+        for step, path in self._published()[: -self.keep]:
+            if step == best:
+                continue
             trash = self.folder / f".trash-{path.name}.{self.launch}"
             path.rename(trash)  # first out of sight: half a checkpoint must not look like one
         self._remove_leftovers(published)
@@ -253,7 +261,7 @@ def main() -> None:
         error = writer.save(message["step"], message["aside"], message["info"])
         _answer({"done": message["step"], "error": error})
         if writer.rank == 0 and error is None:
-            writer.delete_old(message["step"])
+            writer.delete_old(message["step"], best_step(message["info"]))
 
 
 if __name__ == "__main__":
