@@ -4,8 +4,8 @@
     + KEY=VALUE (all stages), STAGE.KEY=VALUE (one), model= engine= (groups), from= to=
       --load_curriculum-->  Curriculum: stages in an order in which nobody comes before what it needs
 
-A stage's run folder is RUN/STAGE, and its `init` the runs of the stages that it comes after, the last named first; then
-what its recipe says. train/journey.py walks along the graph.
+A stage's run folder is RUN/STAGE, and its `init` the runs of the stages that it comes after, the last named first, and
+then an `init` of its own. train/journey.py walks along the graph.
 """
 
 from __future__ import annotations
@@ -180,14 +180,15 @@ def _compose(
         for part in settings:
             merged = _merged(merged, part)
         values = [(key, value) for key, value in words if key not in groups]
-        mine = [value for key, value in values if key == "init"]
+        given = [value for key, value in values if key == "init"]
         merged["name"], merged["run"], merged["carry"] = stage, str(run / stage), config.carry
-        merged["init"] = mine[-1] if mine else merged.get("init")
         begins = [str(run / name) for name in reversed(config.after)]
-        if OmegaConf.is_missing(merged, "init") or merged["init"] is None:
-            merged["init"] = ",".join(begins) or (None if not OmegaConf.is_missing(composed, "init") else "???")
-        elif not mine:
-            merged["init"] = ",".join([*begins, merged["init"]])
+        if given:
+            merged["init"] = given[-1]
+        elif begins and OmegaConf.is_missing(merged, "init") and not OmegaConf.is_missing(settings[-1], "init"):
+            merged["init"] = None  # the stages before it are what the recipe asks for
+        if begins and not OmegaConf.is_missing(merged, "init"):
+            merged["init"] = ",".join([*begins, *([merged["init"]] if merged.get("init") else [])])
         recipe = typed(merged, [pair for pair in values if pair[0] != "init"], where=f"stage {stage}")
     except RecipeError as error:
         raise RecipeError(f"stage {stage}: {error}") from None

@@ -40,7 +40,7 @@ def travel(curriculum: Curriculum, train: Callable[[Recipe], bool]) -> bool:
                 tqdm.write(f"stage {stage.name}: done at step {found.step:,}")
             continue
         taken = handed_on(curriculum, stage)
-        ready = with_init(stage, taken)
+        ready = with_init(curriculum, stage, taken)
         entry = begin(stage, ready, taken, found)
         entries[stage.name] = entry
         if main:
@@ -79,7 +79,7 @@ def check_all(curriculum: Curriculum, entries: Mapping[str, Entry]) -> None:
             continue
         for name in stage.after:
             before, state = curriculum.stage(name), entries[name].state if name in entries else "waiting"
-            if name in chosen or str(before.folder) not in (stage.recipe.init or "").split(","):
+            if name in chosen or own_init(curriculum, stage):
                 continue
             if state != "done" or not candidates(before.folder):
                 raise RecipeError(
@@ -95,13 +95,16 @@ def handed_on(curriculum: Curriculum, stage: Stage) -> dict[str, Path]:
     return {name: path for name, path in found.items() if path is not None}
 
 
-def with_init(stage: Stage, taken: Mapping[str, Path]) -> Recipe:
-    """The recipe with the very checkpoints that it starts from."""
-    init = stage.recipe.init
-    if init is None:
-        return stage.recipe
-    folders = {str(path.parent.parent): str(path) for path in taken.values()}
-    return replace(stage.recipe, init=",".join(folders.get(place, place) for place in init.split(",")))
+def own_init(curriculum: Curriculum, stage: Stage) -> list[str]:
+    """Places of a stage's `init` that are no other stages."""
+    others = {str(curriculum.stage(name).folder) for name in stage.after}
+    return [place for place in (stage.recipe.init or "").split(",") if place and place not in others]
+
+
+def with_init(curriculum: Curriculum, stage: Stage, taken: Mapping[str, Path]) -> Recipe:
+    """The recipe with the very checkpoints that it starts from; stages that have none are left out."""
+    places = [str(taken[name]) for name in reversed(stage.after) if name in taken] + own_init(curriculum, stage)
+    return replace(stage.recipe, init=",".join(places) or None)
 
 
 def begin(stage: Stage, recipe: Recipe, taken: Mapping[str, Path], before: Entry | None) -> Entry:

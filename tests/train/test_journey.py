@@ -144,6 +144,10 @@ def test_weights_from_two_places_and_fresh_ones(
     assert main([*settings, *wider, f"ears.init={whole},{whole}"]) == 2
     assert "none holds model.layers.2." in capsys.readouterr().err
     assert main([*settings, *wider, f"ears.init={whole}", "ears.fresh=[model.layers.2.*]"]) == 0
+    # a stage in the middle without those before it, from weights of its own
+    alone = [recipe, f"run={tmp_path}/alone", "from=all_of_it", "to=all_of_it", "all_of_it.max_steps=1"]
+    assert main([*alone, f"all_of_it.init={whole}"]) == 0
+    assert json.loads((tmp_path / "alone" / "lineage.json").read_text())["stages"]["all_of_it"]["init"] == [str(whole)]
 
 
 def killed(arguments: Sequence[str], folder: Path, draw: random.Random) -> bool:
