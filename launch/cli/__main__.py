@@ -15,6 +15,7 @@ COMMANDS = (
     "demo",
     "tour",
     "plan",
+    "slurm",
     "cache_hidden",
     "voice",
     "preferences",
