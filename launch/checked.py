@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from omegaconf import OmegaConf
 
 from launch.arguments import guarded
+from train.curriculum import is_curriculum, load_curriculum
 from train.recipe import as_yaml, load_recipe
 
 
@@ -28,7 +30,11 @@ class Checked:
 
 
 def checked(words: Sequence[str]) -> Checked:
-    """Compose and check `recipe=NAME KEY=VALUE ...`. Raises RecipeError."""
+    """Compose and check `recipe=NAME KEY=VALUE ...`, of a curriculum every stage. Raises RecipeError."""
+    if is_curriculum(words):
+        found = load_curriculum(words)
+        stages = {stage.name: asdict(stage.recipe) for stage in found.stages}
+        return Checked(found.folder.absolute(), found.name, OmegaConf.to_yaml(OmegaConf.create(stages)))
     recipe = load_recipe(words)
     return Checked(Path(recipe.run).absolute(), recipe.name, as_yaml(recipe))
 

@@ -15,6 +15,7 @@ COMMANDS = (
     "demo",
     "tour",
     "plan",
+    "report",
     "slurm",
     "cache_hidden",
     "voice",
