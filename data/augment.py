@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from data.audio import SAMPLE_RATE
-from data.mel import NUM_MELS, hz_to_mel, mel_to_hz
+from data.mel import HOP, NUM_MELS, hz_to_mel, mel_to_hz
 
-_WAVE, _MEL = 0, 1  # the two stages draw from separate streams
+_WAVE, _MEL, _WINDOW = 0, 1, 2  # each draws from a stream of its own
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,15 @@ def _filter_centres() -> np.ndarray:
     """Centre frequency of each mel filter in Hz, [M]."""
     step = hz_to_mel(np.array(SAMPLE_RATE / 2)) / (NUM_MELS + 1)
     return mel_to_hz(np.arange(1, NUM_MELS + 1) * step)
+
+
+def draw_windows(
+    seconds: tuple[int, int], seed: int, epoch: int, sample: int, piece: int, clips: int
+) -> tuple[int, ...]:
+    """Log-mel frames of the attention windows of a document's clips: whole seconds, both bounds included."""
+    rng = np.random.default_rng((seed, epoch, sample, piece + 1, _WINDOW))
+    drawn = rng.integers(seconds[0], seconds[1] + 1, clips) * (SAMPLE_RATE // HOP)
+    return tuple(drawn.tolist())
 
 
 def warp_mel(mel_FM: torch.Tensor, alpha: float) -> torch.Tensor:

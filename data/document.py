@@ -64,6 +64,7 @@ class Document:
     speech: Speech | None = None
     frames: int = 0  # of speech
     media_RH: Tensor | None = None  # hidden states, where they take the place of media: data/hidden.py
+    windows: Sequence[int] = ()  # mel frames of each clip's attention windows, where they are drawn
 
 
 class Use(NamedTuple):
@@ -126,6 +127,7 @@ def join(
         grids=tuple(grid for document in documents for grid in document.grids),
         speech=join_speech([document.speech for document in documents if document.speech]) if join_speech else None,
         media_RH=torch.cat(media_RH) if media_RH else torch.empty(0, 0),
+        windows=tuple(window for document in documents for window in document.windows),
     )
 
 

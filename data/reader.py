@@ -22,7 +22,7 @@ import numpy as np
 from torch import Tensor
 
 from data.audio import change_speed
-from data.augment import Augment, augment_mel, augment_wave
+from data.augment import Augment, augment_mel, augment_wave, draw_windows
 from data.corpus import Corpus
 from data.costs import Sizing
 from data.document import Document, Maker, MediaLimits, join
@@ -58,8 +58,12 @@ class Reader:
         limits: MediaLimits | None = None,
         augment: Augment | None = None,
         sequence_length: int = 0,
+        windows: tuple[int, int] | None = None,
     ) -> None:
-        """`layout` is the model's. `sequence_length` is the plan's, needed where it splits documents."""
+        """`layout` is the model's. `sequence_length` is the plan's, needed where it splits documents.
+
+        `windows`: seconds from which each clip's attention window is drawn for training; prompts have none drawn.
+        """
         self.corpus = corpus
         self.tokenizer = tokenizer
         self.seed = seed
@@ -67,6 +71,7 @@ class Reader:
         self.limits = limits or MediaLimits()
         self.augment = augment
         self.sequence_length = sequence_length
+        self.windows = windows
         self.sizing = Sizing(layout, self.limits.image, self.limits.sampling)
         self._maker = Maker(tokenizer, layout, self.limits)
         self._records: Records | None = None
@@ -119,12 +124,16 @@ class Reader:
         def hear(wave_S: np.ndarray, medium: int) -> Tensor:
             return self._mel(change_speed(wave_S, speed), epoch, sample * MAX_MEDIA + medium)
 
-        return self._maker.document(
+        document = self._maker.document(
             record,
             samples=samples,
             hear=hear,
             piece=None if piece < 0 else self._piece(sample, piece),
         )
+        if self.windows is None:
+            return document
+        drawn = draw_windows(self.windows, self.seed, epoch, sample, piece, len(document.mels_FM))
+        return replace(document, windows=drawn)
 
     def _spoken(self, document: Document, sample: int) -> Document:
         """The document with the codes of its answer."""

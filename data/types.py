@@ -59,6 +59,7 @@ class Batch:
     grids: tuple[tuple[int, int, int], ...] = ()  # frames, rows and columns of patches of each image or video
     speech: Speech | None = None  # of every document, where the Talker learns
     media_RH: Tensor = field(default_factory=lambda: torch.empty(0, 0))  # instead of media: data/hidden.py
+    windows: tuple[int, ...] = ()  # mel frames of each clip's attention windows, where they are drawn
 
     @classmethod
     def empty(cls, num_mels: int, skipped: tuple[str, ...] = ()) -> Batch:

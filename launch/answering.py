@@ -149,7 +149,8 @@ def _whole(model: nn.Module) -> Omni:
     """A run's model as a whole one; a Thinker that was trained alone has neither Talker nor decoder."""
     if isinstance(model, Omni):
         return model
-    assert isinstance(model, Thinker)
+    if not isinstance(model, Thinker):
+        raise RecipeError("this run is of an audio encoder alone: python -m launch.evaluate run=RUN asks it")
     with torch.device("meta"):
         omni = Omni(OmniConfig(model.config))
     omni.thinker = model

@@ -38,7 +38,6 @@ from data.tokenizer import ENDOFTEXT, IM_END, Tokenizer, load_tokenizer
 from launch.arguments import guarded, parse
 from launch.released import (
     KINDS,
-    AnyConfig,
     Released,
     check_dtypes,
     check_weights,
@@ -59,7 +58,7 @@ from launch.weights import (
     plain_name,
     write_weights,
 )
-from models.config import ThinkerConfig
+from models.config import ThinkerConfig, TranscriberConfig
 from models.hf import released_pieces
 from models.hf_config import TALKER, THINKER, omni_to_released, to_released_config
 from models.omni_config import OmniConfig, TalkerConfig
@@ -202,7 +201,11 @@ def _open_run(folder: Path, checkpoint: str, changes: Sequence[str]) -> tuple[Re
     """The weights of a run's checkpoint, verified by its checksums, as a folder's."""
     recipe = load_saved(folder / "recipe.yaml", changes)
     tokenizer = load_tokenizer(Path(recipe.data.tokenizer))
-    config: AnyConfig = model_config(recipe, tokenizer)
+    config = model_config(recipe, tokenizer)
+    if isinstance(config, TranscriberConfig):
+        raise CheckpointError(
+            f"{folder}: a run of an audio encoder alone: no released folder has one; give it to init="
+        )
     manifest = choose(folder, checkpoint, wait_s=0)
     if manifest is None:
         raise CheckpointError(f"{folder}: no checkpoint yet")

@@ -93,6 +93,8 @@ def model_named(name: str) -> Model:
     """The model of recipes/model/NAME.yaml. Raises RecipeError with the nearest name."""
     nothing = [f"{key}=none" for key in ("init", "data.tokenizer")]
     sizes = load_recipe(["recipe=stage2", f"model={name}", "data.shards=[none]", *nothing]).model
+    if sizes.audio_decoder is not None:
+        raise RecipeError(f"model={name}: the advisor does not know an audio encoder with its decoder")
     last = sizes.text.vocab_size - 1  # placeholders of media: any three words
     thinker = ThinkerConfig(sizes.text, sizes.audio, last, sizes.vision, last - 1, last - 2)
     if sizes.talker is None:

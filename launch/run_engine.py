@@ -12,10 +12,8 @@ from pathlib import Path
 import torch
 
 from data.tokenizer import Tokenizer, load_tokenizer
-from models.config import ThinkerConfig
 from models.hf import released_pieces
 from models.omni import Omni
-from models.omni_config import OmniConfig
 from train import ranks
 from train.checkpoint import CheckpointReader, choose
 from train.config import EngineConfig, Phase, Recipe
@@ -25,6 +23,7 @@ from train.engines.local import LocalEngine
 from train.engines.setup import EngineSetup
 from train.errors import CheckpointError
 from train.main import model_config
+from train.parallel import Model
 from train.recipe import load_saved
 
 
@@ -35,7 +34,7 @@ class Opened:
     folder: Path
     recipe: Recipe
     tokenizer: Tokenizer
-    model: ThinkerConfig | OmniConfig
+    model: Model
 
     @property
     def device(self) -> torch.device:

@@ -91,10 +91,11 @@ class AudioEncoder(nn.Module):
         self.proj1 = nn.Linear(width, width)
         self.proj2 = nn.Linear(width, config.output_dim)
 
-    def forward(self, mel_FM: Tensor, mel_lengths: Sequence[int]) -> Tensor:
+    def forward(self, mel_FM: Tensor, mel_lengths: Sequence[int], windows: Sequence[int] = ()) -> Tensor:
         """Mel float [F, M], clips end to end, `mel_lengths` frames each -> [T, D], T = sum of `num_audio_tokens`.
 
-        No clips at all are fine: the result is empty and every parameter's gradient zero.
+        `windows`: frames of each clip's attention windows, whole seconds; without, all have `n_window_infer`. No clips
+        at all are fine: the result is empty and every parameter's gradient zero.
         """
         if sum(mel_lengths) != len(mel_FM) or min(mel_lengths, default=1) < 1:
             raise ValueError(
@@ -109,16 +110,18 @@ class AudioEncoder(nn.Module):
         x_NLA = x_NLA + sinusoids(x_NLA.shape[1], x_NLA.shape[2], x_NLA.device).to(x_NLA.dtype)
         real_NL = torch.arange(x_NLA.shape[1]) < tokens_N.unsqueeze(1)
         x_TA = x_NLA.flatten(0, 1).index_select(0, real_NL.flatten().nonzero().squeeze(1).to(x_NLA.device))
-        windows = make_segments(self._window_lengths(mel_lengths), x_TA.device)
+        segments = make_segments(self._window_lengths(mel_lengths, windows), x_TA.device)
         for layer in self.layers:
-            x_TA = layer(x_TA, windows)
+            x_TA = layer(x_TA, segments)
         return self.proj2(F.gelu(self.proj1(self.ln_post(x_TA))))
 
-    def _window_lengths(self, mel_lengths: Sequence[int]) -> list[int]:
-        """Tokens of each attention window: windows of `n_window_infer` frames, the last of a clip shorter."""
-        window = num_audio_tokens(self.config.n_window_infer)
-        clips = [num_audio_tokens(frames) for frames in mel_lengths]
-        return [min(window, tokens - start) for tokens in clips for start in range(0, tokens, window)]
+    def _window_lengths(self, mel_lengths: Sequence[int], windows: Sequence[int]) -> list[int]:
+        """Tokens of each attention window; the last of a clip may be shorter."""
+        windows = windows or [self.config.n_window_infer] * len(mel_lengths)
+        if any(frames < CHUNK_FRAMES or frames % CHUNK_FRAMES for frames in windows):
+            raise ValueError(f"windows {list(windows)} must be multiples of {CHUNK_FRAMES} frames")
+        clips = [(num_audio_tokens(f), num_audio_tokens(w)) for f, w in zip(mel_lengths, windows, strict=True)]
+        return [min(window, tokens - start) for tokens, window in clips for start in range(0, tokens, window)]
 
 
 def _chunks(mel_FM: Tensor, mel_lengths: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """Shapes of the Thinker, under transformers' field names, checked when they are made.
 
     TextConfig + AudioConfig [+ VisionConfig] + placeholder ids  ->  ThinkerConfig  ->  models.thinker.Thinker
+    ThinkerConfig's encoder + AudioDecoderConfig  ->  TranscriberConfig  ->  models.transcriber.Transcriber
 
 Frozen dataclasses of plain numbers: a recipe fills them, a checkpoint records them.
 """
@@ -203,6 +204,40 @@ class ThinkerConfig:
             )
         require(len(set(ids.values())) == len(ids), f"placeholder ids must differ: {ids}")
         require(self.position_id_per_seconds > 0, "position_id_per_seconds must be above 0")
+
+
+@dataclass(frozen=True)
+class AudioDecoderConfig:
+    """The dense text decoder that an audio encoder learns with; its vocabulary is the Thinker's."""
+
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    tie_word_embeddings: bool = True
+    rope_theta: float = 10_000.0
+    rms_norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        """Reject shapes that do not fit together."""
+        require_positive(self, but=("tie_word_embeddings",))
+        require(
+            self.hidden_size % (2 * self.num_attention_heads) == 0,
+            f"hidden_size ({self.hidden_size}) must be an even multiple of num_attention_heads "
+            f"({self.num_attention_heads})",
+        )
+
+
+@dataclass(frozen=True)
+class TranscriberConfig:
+    """An audio encoder and the decoder that it learns with. Of `thinker`, which the encoder is for, no more is made."""
+
+    thinker: ThinkerConfig
+    decoder: AudioDecoderConfig
+
+    def __post_init__(self) -> None:
+        """Reject what it cannot see."""
+        require(self.thinker.vision is None, "audio_decoder: the model hears alone, and cannot have a vision encoder")
 
 
 def scaled_mrope_section(head_dim: int) -> tuple[int, int, int]:

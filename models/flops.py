@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from models.audio_encoder import CHUNK_FRAMES, CHUNK_TOKENS, num_audio_tokens
-from models.config import AudioConfig, TextConfig, ThinkerConfig, VisionConfig
+from models.config import AudioConfig, TextConfig, ThinkerConfig, TranscriberConfig, VisionConfig
 from models.omni_config import CodePredictorConfig, TalkerConfig
 
 
@@ -38,8 +38,11 @@ def flops_per_token(config: TextConfig, doc_length: int) -> float:
     return text_flops(config, [doc_length]) / doc_length
 
 
-def audio_flops(config: AudioConfig, mel_lengths: Sequence[int]) -> int:
-    """Forward and backward of the audio encoder and adapter over clips of so many mel frames."""
+def audio_flops(config: AudioConfig, mel_lengths: Sequence[int], windows: Sequence[int] = ()) -> int:
+    """Forward and backward of the audio encoder and adapter over clips of so many mel frames.
+
+    `windows`: mel frames of each clip's attention windows; without, the configured ones.
+    """
     channels, mels, width = config.downsample_hidden_size, config.num_mel_bins, config.d_model
     chunk, inputs, frames = 0, 1, CHUNK_FRAMES
     for _ in range(3):
@@ -49,10 +52,9 @@ def audio_flops(config: AudioConfig, mel_lengths: Sequence[int]) -> int:
     chunk += CHUNK_TOKENS * channels * mels * width
     layer = 4 * width * width + 2 * width * config.encoder_ffn_dim
     token = config.encoder_layers * layer + width * width + width * config.output_dim
-    window = num_audio_tokens(config.n_window_infer)
-    squares = sum(
-        (tokens // window) * window**2 + (tokens % window) ** 2 for tokens in map(num_audio_tokens, mel_lengths)
-    )
+    windows = windows or [config.n_window_infer] * len(mel_lengths)
+    clips = zip(map(num_audio_tokens, mel_lengths), map(num_audio_tokens, windows), strict=True)
+    squares = sum((tokens // window) * window**2 + (tokens % window) ** 2 for tokens, window in clips)
     chunks = sum(-(-frames // CHUNK_FRAMES) for frames in mel_lengths)
     tokens = sum(map(num_audio_tokens, mel_lengths))
     return 3 * (2 * (chunks * chunk + tokens * token) + 4 * width * config.encoder_layers * squares)
@@ -78,6 +80,30 @@ def training_flops(
     """Forward and backward of the whole Thinker over a pack."""
     seen = vision_flops(config.vision, grids) if config.vision is not None else 0
     return text_flops(config.text, doc_lengths) + audio_flops(config.audio, mel_lengths) + seen
+
+
+def audio_decoder_flops(config: TranscriberConfig, text_lengths: Sequence[int], frame_lengths: Sequence[int]) -> int:
+    """Forward and backward of the text decoder over documents of so many text tokens and audio tokens."""
+    sizes, width = config.decoder, config.decoder.hidden_size
+    source, layers = config.thinker.audio.output_dim, config.decoder.num_hidden_layers
+    token = layers * (6 * width * width + 3 * width * sizes.intermediate_size) + width * config.thinker.text.vocab_size
+    frame = layers * 2 * source * width
+    squares = sum(length * length for length in text_lengths) // 2
+    across = sum(text * frames for text, frames in zip(text_lengths, frame_lengths, strict=True))
+    attention = 4 * width * layers * (squares + across)
+    return 3 * (2 * (token * sum(text_lengths) + frame * sum(frame_lengths)) + attention)
+
+
+def transcriber_flops(
+    config: TranscriberConfig,
+    text_lengths: Sequence[int],
+    frame_lengths: Sequence[int],
+    mel_lengths: Sequence[int],
+    windows: Sequence[int] = (),
+) -> int:
+    """Forward and backward of an audio encoder and its decoder over a pack; lengths are those of each document."""
+    decoded = audio_decoder_flops(config, text_lengths, frame_lengths)
+    return decoded + audio_flops(config.thinker.audio, mel_lengths, windows)
 
 
 def code_predictor_flops(config: CodePredictorConfig, frames: int) -> int:

@@ -25,7 +25,7 @@ from models.hf_config import from_released_config as from_released_config
 from models.hf_config import to_released_config as to_released_config
 
 COMPONENTS = ("thinker.", "talker.", "code2wav.")
-TRAINING = "adversary."  # a part of the model while it trains: in checkpoints, in no released folder
+TRAINING = ("adversary.", "audio_decoder.")  # parts of a model while it trains: in checkpoints, in no released folder
 # Our fused parameter of all experts -> the released tensors of each expert, in the order of its memory.
 FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 # Names in files -> released names, by layout. The fused experts, in every layout but the released one, are our own.
@@ -41,7 +41,7 @@ Shape = tuple[int, ...]
 
 def full_name(name: str) -> str:
     """A parameter's name in the whole model; without a component it is the Thinker's."""
-    return name if name.startswith((*COMPONENTS, TRAINING)) else COMPONENTS[0] + name
+    return name if name.startswith((*COMPONENTS, *TRAINING)) else COMPONENTS[0] + name
 
 
 def released_name(name: str) -> str:

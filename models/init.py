@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.config import ThinkerConfig
+from models.config import ThinkerConfig, TranscriberConfig
 from models.omni_config import Code2WavConfig, OmniConfig, TalkerConfig
 
 Rule = Callable[[Tensor, torch.Generator, float], None]
@@ -108,6 +108,11 @@ RULES: tuple[tuple[str, Rule], ...] = (
     (r"audio_tower\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|fc[12])\.weight", _linear),
     (r"audio_tower\.(layers\.\d+\.(self_attn|final)_layer_norm|ln_post)\.weight", _ones),
     (r"audio_tower\..*\.bias", _zeros),
+    (r"audio_decoder\.(embed_tokens|lm_head)\.weight", _head),  # one matrix where they are tied
+    (r"audio_decoder\.layers\.\d+\.(self_attn|cross_attn)\.[qkvo]_proj\.weight", _linear),
+    (r"audio_decoder\.layers\.\d+\.mlp\.(gate|up|down)_proj\.weight", _linear),
+    (r"audio_decoder\.layers\.\d+\.((self|cross)_attn\.[qk]_norm|(input|cross|post)_layernorm)\.weight", _ones),
+    (r"audio_decoder\.(audio_norm|norm)\.weight", _ones),
     (r"visual\.pos_embed\.weight", _normal),
     (r"visual\.(patch_embed\.proj|blocks\.\d+\.(attn\.(qkv|proj)|mlp\.linear_fc[12]))\.weight", _linear),
     (r"visual\.(merger|merger_list\.\d+)\.mlp\.[02]\.weight", _linear),
@@ -155,8 +160,12 @@ def init_tensor(name: str, parameter: nn.Parameter | Tensor, seed: int, scale: f
     rules[0](parameter, generator, scale)
 
 
-def init_scale(config: OmniConfig | ThinkerConfig | TalkerConfig | Code2WavConfig, name: str) -> float:
+def init_scale(
+    config: OmniConfig | ThinkerConfig | TranscriberConfig | TalkerConfig | Code2WavConfig, name: str
+) -> float:
     """The one number that `init_tensor` takes from the configuration of the part that holds the parameter `name`."""
+    if isinstance(config, TranscriberConfig):
+        return 1.0  # of which nothing is drawn at a configured scale
     if isinstance(config, OmniConfig):
         parts = {"talker": config.talker, "code2wav": config.code2wav}
         config = parts.get(name.split(".")[0]) or config.thinker

@@ -42,6 +42,7 @@ class Media(NamedTuple):
     mel_lengths: Sequence[int]  # frames of each clip
     pixels_PX: Tensor | None  # float32, of images and videos alike
     grids: Grids  # frames, rows and columns of patches of each
+    windows: Sequence[int] = ()  # mel frames of each clip's attention windows; without, the encoder's own
 
 
 class Features(NamedTuple):
@@ -119,7 +120,7 @@ class Thinker(nn.Module):
 
         Raises ValueError for pictures that this model cannot see.
         """
-        audio_TD = self.audio_tower(media.mel_FM, media.mel_lengths)
+        audio_TD = self.audio_tower(media.mel_FM, media.mel_lengths, media.windows)
         if self.config.vision is None:
             if media.grids:
                 raise ValueError(f"{len(media.grids)} images or videos, but this model has no vision encoder")

@@ -36,7 +36,9 @@ def test_only_one_name_lands_in_site_packages(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0].split("-")[0] for name in names} == {"omniloom"}
     assert "omniloom/recipes/demo.yaml" in names and "omniloom/recipes/model/tiny.yaml" in names
-    assert {f"omniloom/launch/{name}" for name in ("demo.html", "report.css", "report.js", "slurm.sbatch", "restarts.sh")} <= set(names)
+    assert {
+        f"omniloom/launch/{name}" for name in ("demo.html", "report.css", "report.js", "slurm.sbatch", "restarts.sh")
+    } <= set(names)
     for package in ("train", "data", "models", "launch"):
         ours = {str(path.relative_to(ROOT)) for path in (ROOT / package).rglob("*.py") if "cli" not in path.parts}
         missing = {name for name in ours if f"omniloom/{name}" not in names}

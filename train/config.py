@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 
 from data.config import DataConfig
 from data.mixture import Mixture
-from models.config import AudioConfig, TextConfig, VisionConfig
+from models.config import AudioConfig, AudioDecoderConfig, TextConfig, VisionConfig
 from models.omni_config import Code2WavConfig, TalkerConfig
 from train.parallel import Degrees
 from train.preference import PreferenceConfig
+from train.transcribe_config import TranscribeConfig
 from train.waveform_config import WaveformConfig
 
 
@@ -25,6 +26,8 @@ class ModelConfig:
     vision: VisionConfig | None = None
     talker: TalkerConfig | None = None
     code2wav: Code2WavConfig | None = None
+    audio_decoder: AudioDecoderConfig | None = None
+    """With one, the run trains the audio encoder with it and makes no Thinker (docs/audio_encoder.md)."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,8 @@ class LossConfig:
     """Logits that exist at the same time; 160 MB in fp32 by default."""
     waveform: WaveformConfig = field(default_factory=WaveformConfig)
     """Of phases that train the waveform decoder (train/waveform_config.py)."""
+    transcribe: TranscribeConfig = field(default_factory=TranscribeConfig)
+    """Of runs with model.audio_decoder."""
 
 
 @dataclass(frozen=True)

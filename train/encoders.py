@@ -52,12 +52,12 @@ class SharedEncoding:
         self._texts = [_without_media(batch) for batch in batches]
         self._width = config.text.hidden_size
         mel_FM = torch.cat([batch.mel_FM for batch in batches]).to(device)
-        frames_M, home_M = everyones([(frames,) for batch in batches for frames in batch.mel_lengths], 1)
-        audio = route(audio_cuts(frames_M[:, 0], config.audio.n_window_infer), home_M, num_audio_tokens)
-        heard = send(mel_FM, audio), audio.rows_N.tolist()
+        clip_M2, home_M = everyones([clip for batch in batches for clip in clips_of(batch, config)], 2)
+        audio = route(audio_cuts(*clip_M2.T), home_M, num_audio_tokens)
+        heard, windows = (send(mel_FM, audio), audio.rows_N.tolist()), clip_M2[audio.medium_N, 1].tolist()
         audio_tokens = [int(num_audio_tokens(np.array(batch.mel_lengths, np.int64)).sum()) for batch in batches]
         if config.vision is None:
-            made = encode(Media(*heard, None, ()))
+            made = encode(Media(*heard, None, (), windows))
             self._shared = [_Shared(made.audio_TD, audio, audio_tokens)]
             return
         block = config.vision.spatial_merge_size**2  # patches of a token
@@ -66,7 +66,7 @@ class SharedEncoding:
         grid_M3, home_M = everyones([grid for batch in batches for grid in batch.grids], 3)
         vision = route(vision_cuts(grid_M3, work_of(config)), home_M, lambda patches: patches // block)
         seen = send(pixels_PX, vision), vision.grids(grid_M3)
-        made = encode(Media(*heard, *seen))
+        made = encode(Media(*heard, *seen, windows))
         assert made.visual_VD is not None
         self._shared = [
             _Shared(made.audio_TD, audio, audio_tokens),
@@ -119,8 +119,14 @@ class Cuts:
     work_M: np.ndarray  # float64: of one atom
 
 
-def audio_cuts(frames_M: np.ndarray, window: int) -> Cuts:
-    """An atom is an attention window of so many frames.
+def clips_of(batch: Batch, config: ThinkerConfig) -> list[tuple[int, int]]:
+    """Mel frames of each clip, and of its attention windows."""
+    windows = batch.windows or (config.audio.n_window_infer,) * len(batch.mel_lengths)
+    return list(zip(batch.mel_lengths, windows, strict=True))
+
+
+def audio_cuts(frames_M: np.ndarray, window: int | np.ndarray) -> Cuts:
+    """An atom is an attention window of so many frames, one for all clips or of each.
 
     A last chunk below a second runs for a whole one where its clip does (models/audio_encoder.py), which as a clip of
     its own it would not: it stays with the window before it.
@@ -219,7 +225,7 @@ def everyones(mine: Sequence[Sequence[int]], columns: int) -> tuple[np.ndarray, 
 
 
 def _without_media(batch: Batch) -> Batch:
-    return replace(batch, mel_FM=batch.mel_FM[:0], mel_lengths=(), pixels_PX=batch.pixels_PX[:0], grids=())
+    return replace(batch, mel_FM=batch.mel_FM[:0], mel_lengths=(), windows=(), pixels_PX=batch.pixels_PX[:0], grids=())
 
 
 def _index(places: np.ndarray, like: Tensor) -> Tensor:

@@ -14,16 +14,18 @@ from typing import Any, NamedTuple
 from data.augment import Augment
 from data.codec import open_codec
 from data.corpus import Corpus
+from data.costs import Work
 from data.errors import DataError
 from data.plan import Plan, PlanSettings
 from data.prompts import PromptSet
 from data.reader import Reader
 from data.tokenizer import Tokenizer
-from models.config import ThinkerConfig
+from models.config import TranscriberConfig
 from models.omni_config import OmniConfig
 from train.config import Phase, Recipe
 from train.evaluate import Evaluator
 from train.layout import ModelLayout, media_tokens, work_of
+from train.parallel import Model, thinker_of
 from train.recipe import Span, spans
 from train.waveform_config import DECODER_PHASES
 from train.waveform_feed import open_segment_reader
@@ -138,7 +140,7 @@ class Reads(NamedTuple):
         return cls(speech, tuple(phase.speakers), phase.sequence_length or sequence_length)
 
 
-def open_feed(recipe: Recipe, tokenizer: Tokenizer, model: ThinkerConfig | OmniConfig) -> Feed:
+def open_feed(recipe: Recipe, tokenizer: Tokenizer, model: Model) -> Feed:
     """The order of training and what reads it. Raises DataError for shards that cannot be used.
 
     A phase with a mixture of its own has a plan of its own. The others share one, which stands still meanwhile, with
@@ -166,7 +168,7 @@ def open_feed(recipe: Recipe, tokenizer: Tokenizer, model: ThinkerConfig | OmniC
         if absent := sorted(set(reads.speakers) - reader.corpus.speakers):
             raise DataError(f"phases.{span.name}.speakers: no answer of {absent[0]!r} has {reader.corpus.sought}")
         settings = replace(settings, sequence_length=reads.sequence_length)
-        make = partial(Plan, reader.corpus, seed=recipe.seed, sizing=reader.sizing, work=work_of(thinker_of(model)))
+        make = partial(Plan, reader.corpus, seed=recipe.seed, sizing=reader.sizing, work=work_for(model))
         if span.phase.mixture is not None:
             own, name = replace(settings, mixture=span.phase.mixture), f"phases.{span.name}.mixture"
             courses[span.name] = Course(make(own, mixture=name), span.start, reader)
@@ -177,7 +179,7 @@ def open_feed(recipe: Recipe, tokenizer: Tokenizer, model: ThinkerConfig | OmniC
     return Feed(reached, courses)
 
 
-def open_reader(recipe: Recipe, tokenizer: Tokenizer, model: ThinkerConfig | OmniConfig, reads: Reads) -> Reader:
+def open_reader(recipe: Recipe, tokenizer: Tokenizer, model: Model, reads: Reads) -> Reader:
     """The shards, and what reads of them what a phase reads."""
     data, pairs = recipe.data, reads.speech == "pairs"
     codec = codec_of(data.codec, model) if reads.speech else ""
@@ -194,10 +196,11 @@ def open_reader(recipe: Recipe, tokenizer: Tokenizer, model: ThinkerConfig | Omn
         limits=data.limits,
         augment=None if data.augment == Augment() else data.augment,
         sequence_length=reads.sequence_length,
+        windows=recipe.loss.transcribe.seconds if isinstance(model, TranscriberConfig) else None,
     )
 
 
-def codec_of(folder: str, model: ThinkerConfig | OmniConfig) -> str:
+def codec_of(folder: str, model: Model) -> str:
     """Identity of a recipe's codec. Raises DataError where its codes are not what the model's Talker says."""
     codec = open_codec(folder)
     assert isinstance(model, OmniConfig) and model.talker is not None, "recipes check that who speaks has a talker"
@@ -215,7 +218,7 @@ def codec_of(folder: str, model: ThinkerConfig | OmniConfig) -> str:
     return codec.identity
 
 
-def check_speakers(corpus: Corpus, model: ThinkerConfig | OmniConfig) -> None:
+def check_speakers(corpus: Corpus, model: Model) -> None:
     """Raise DataError for voices in the shards that the model's Talker has no id for."""
     assert isinstance(model, OmniConfig) and model.talker is not None, "recipes check that who speaks has a talker"
     if unknown := sorted(corpus.speakers - set(model.talker.speaker_id)):
@@ -227,18 +230,18 @@ def check_speakers(corpus: Corpus, model: ThinkerConfig | OmniConfig) -> None:
         )
 
 
-def thinker_of(model: ThinkerConfig | OmniConfig) -> ThinkerConfig:
-    """The part of a model that reads."""
-    return model.thinker if isinstance(model, OmniConfig) else model
+def work_for(model: Model) -> Work:
+    """What a model's tokens and frames cost, for the deal to ranks."""
+    return work_of(model if isinstance(model, TranscriberConfig) else thinker_of(model))
 
 
-def model_layout(model: ThinkerConfig | OmniConfig, tokenizer: Tokenizer) -> ModelLayout:
+def model_layout(model: Model, tokenizer: Tokenizer) -> ModelLayout:
     """What the data needs to know of a model."""
     omni = model if isinstance(model, OmniConfig) else None
     return ModelLayout.of(thinker_of(model), media_tokens(thinker_of(model), tokenizer), omni)
 
 
-def open_evaluator(recipe: Recipe, tokenizer: Tokenizer, model: ThinkerConfig | OmniConfig) -> Evaluator:
+def open_evaluator(recipe: Recipe, tokenizer: Tokenizer, model: Model) -> Evaluator:
     """The recipe's evaluation sets. Raises DataError for shards that cannot be used."""
     data, layout = recipe.data, model_layout(model, tokenizer)
     sets = {}

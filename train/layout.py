@@ -28,8 +28,8 @@ from data.tokenizer import (
 from data.vision import Grid, Patching
 from models import positions
 from models.audio_encoder import num_audio_tokens
-from models.config import ConfigError, ThinkerConfig
-from models.flops import audio_flops, text_flops, vision_flops
+from models.config import ConfigError, ThinkerConfig, TranscriberConfig
+from models.flops import audio_decoder_flops, audio_flops, text_flops, vision_flops
 from models.omni_config import OmniConfig
 from models.positions import MediaTokens
 from models.say import user_positions
@@ -144,8 +144,10 @@ def joining_ids(tokenizer: Tokenizer, speaks: bool = True) -> dict[str, int]:
     return ids
 
 
-def work_of(config: ThinkerConfig) -> Work:
+def work_of(config: ThinkerConfig | TranscriberConfig) -> Work:
     """What a model's tokens cost, from its FLOPs: a decoder token is 1, its attention apart."""
+    if isinstance(config, TranscriberConfig):
+        return _work_of_transcriber(config)
     text, vision = config.text, config.vision
     attention = (text_flops(text, [2]) - 2 * text_flops(text, [1])) / 2  # of one pair of tokens
     token = text_flops(text, [1]) - attention
@@ -158,3 +160,11 @@ def work_of(config: ThinkerConfig) -> Work:
     patches = merge * merge
     squared = (large - 2 * small) / (2 * patches**2)
     return Work(1.0, attention / token, frame / token, (small / patches - squared * patches) / token, squared / token)
+
+
+def _work_of_transcriber(config: TranscriberConfig) -> Work:
+    """A text token is 1. A clip's placeholders are counted as tokens, so a frame costs what it does above those."""
+    token, window = audio_decoder_flops(config, [1], [0]), config.thinker.audio.n_window_infer
+    tokens = int(num_audio_tokens(window))
+    heard = audio_flops(config.thinker.audio, [window]) + audio_decoder_flops(config, [0], [tokens])
+    return Work(1.0, 0.0, max(0.0, heard / token - tokens) / window, 0.0, 0.0)

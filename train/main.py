@@ -22,7 +22,8 @@ from tqdm import tqdm
 from data.errors import DataError
 from data.loader import stream
 from data.tokenizer import AUDIO_PAD, IMAGE_PAD, VIDEO_PAD, Tokenizer, load_tokenizer
-from models.config import ConfigError, ThinkerConfig
+from data.types import Batch
+from models.config import ConfigError, ThinkerConfig, TranscriberConfig
 from models.flops import training_flops
 from models.hf import released_pieces
 from models.omni_config import OmniConfig
@@ -42,11 +43,12 @@ from train.journey import travel
 from train.layout import joining_ids
 from train.loop import fit
 from train.metrics import Meters, draw_curves
+from train.parallel import Model, thinker_of
 from train.recipe import Span, load_recipe, spans
 from train.run import Position, Run
-from train.start import carried_steps, open_init, warn_of_new_decoder
+from train.start import carried_steps, open_init
+from train.transcribe import flops_of
 from train.watch import Watch
-from train.waveform_config import DECODER_PHASES
 
 USER_ERRORS = (RecipeError, DataError, ConfigError, CheckpointError, EngineError)
 
@@ -137,8 +139,11 @@ def train(recipe: Recipe) -> bool:
     return not stopped
 
 
-def model_config(recipe: Recipe, tokenizer: Tokenizer) -> ThinkerConfig | OmniConfig:
-    """The model's sizes, checked against the tokenizer: of a Thinker alone, or with the Talker that the recipe has."""
+def model_config(recipe: Recipe, tokenizer: Tokenizer) -> Model:
+    """The model's sizes, checked against the tokenizer: of a Thinker alone, or with the Talker that the recipe has.
+
+    Of an audio encoder and its decoder where the recipe has such a decoder.
+    """
     text = recipe.model.text
     if text.vocab_size < tokenizer.vocab_size:
         raise RecipeError(
@@ -150,12 +155,14 @@ def model_config(recipe: Recipe, tokenizer: Tokenizer) -> ThinkerConfig | OmniCo
     if vision is not None:
         image_id, video_id = (tokenizer.id(name) for name in (IMAGE_PAD, VIDEO_PAD))
         thinker = replace(thinker, vision=vision, image_token_id=image_id, video_token_id=video_id)
+    if recipe.model.audio_decoder is not None:
+        return TranscriberConfig(thinker, recipe.model.audio_decoder)
     if recipe.model.talker is None:
         return thinker
     return OmniConfig(thinker, recipe.model.talker, recipe.model.code2wav, **joining_ids(tokenizer))
 
 
-def engine_setup(recipe: Recipe, model: ThinkerConfig | OmniConfig, span: Span, device: torch.device) -> EngineSetup:
+def engine_setup(recipe: Recipe, model: Model, span: Span, device: torch.device) -> EngineSetup:
     """What a phase's engine is built from."""
     longest = span.phase.sequence_length or recipe.data.sequence_length
     parts = recipe.engine, recipe.optim, recipe.loss, span.phase, span.name, recipe.seed, device
@@ -173,8 +180,8 @@ def stored_state(recipe: Recipe, setup: EngineSetup, manifest: Manifest | None) 
     if manifest is not None:
         return CheckpointReader(manifest, released_pieces, identity=asdict(setup.model))
     if recipe.init is not None:
-        weights = open_init(recipe, setup)
-        if setup.phase.speech in DECODER_PHASES and (line := warn_of_new_decoder(recipe, weights)):
+        weights, line = open_init(recipe, setup)
+        if line and ranks.rank() == 0:
             tqdm.write(line)
         return weights
     return None
@@ -202,13 +209,13 @@ def open_run(
 ) -> Run:
     """Meters and writer of a phase. The writer's memory is allocated at the first save."""
     step = manifest.step if manifest else 0
-    model, sharing = setup.thinker, ranks.world() // shard.count  # ranks that work on the same packs
+    sharing = ranks.world() // shard.count  # ranks that work on the same packs
     meters = Meters(
         folder,
         recipe.log,
         start_step=step,
         end_step=min(span.stop, recipe.max_steps or span.stop),
-        flops=lambda batch: training_flops(model, batch.doc_lengths, batch.mel_lengths, batch.grids) // sharing,
+        flops=lambda batch: step_flops(setup.model, batch) // sharing,
         # of the Thinker whole: phases with speech run other parts, and have no utilisation to show
         peak_flops=peak_flops(setup.device) if setup.phase.speech == "off" else 0.0,
         num_skipped=manifest.info["counters"]["skipped"] if manifest else 0,
@@ -226,6 +233,13 @@ def open_run(
     )
     at = Position(step, updates, span.name, final=span == spans(recipe)[-1])
     return Run(recipe, folder, meters, saver, evaluator, asdict(setup.model), feed, course, watch, at, shard.leads)
+
+
+def step_flops(model: Model, batch: Batch) -> int:
+    """Forward and backward over a pack: of the Thinker whole, or of an audio encoder and its decoder."""
+    if isinstance(model, TranscriberConfig):
+        return flops_of(model, batch)
+    return training_flops(thinker_of(model), batch.doc_lengths, batch.mel_lengths, batch.grids)
 
 
 def farewell(folder: Path, stopped: bool) -> None:

@@ -12,11 +12,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from models.config import TextConfig, ThinkerConfig
+from models.config import TextConfig, ThinkerConfig, TranscriberConfig
 from models.omni_config import OmniConfig
 from train.errors import EngineError
 
-Model = ThinkerConfig | OmniConfig
+Model = ThinkerConfig | OmniConfig | TranscriberConfig
 ENGINES = ("local", "deepspeed", "megatron")
 
 
@@ -80,7 +80,7 @@ class Layout(Degrees):
 
 def thinker_of(model: Model) -> ThinkerConfig:
     """The Thinker's sizes."""
-    return model.thinker if isinstance(model, OmniConfig) else model
+    return model if isinstance(model, ThinkerConfig) else model.thinker
 
 
 def decoders(model: Model) -> Iterator[tuple[str, TextConfig]]:

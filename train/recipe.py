@@ -27,6 +27,7 @@ from data.errors import DataError
 from train.config import Phase, Recipe
 from train.errors import RecipeError
 from train.parallel import ENGINES
+from train.transcribe_check import check_transcriber
 from train.typed import build, nearest, paths
 from train.watch import check_watch
 from train.waveform_config import DECODER_PHASES
@@ -216,6 +217,7 @@ def _validate(recipe: Recipe) -> None:
                 phase.mixture.validate(f"phases.{name}.mixture")
     except DataError as error:
         raise RecipeError(str(error)) from None
+    check_transcriber(recipe)
     for name, phase in recipe.phases.items():
         _one_of(f"phases.{name}.speech", phase.speech, WAYS)
         if phase.speech != "off" and recipe.model.talker is None:

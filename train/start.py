@@ -13,13 +13,14 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from models.hf import released_pieces, released_tensors
-from train import ranks
 from train.checkpoint import CheckpointReader, WeightsReader, open_weights
 from train.config import Recipe
 from train.engines import WEIGHT, StateReader
 from train.engines.setup import Drawn, EngineSetup
 from train.errors import CheckpointError, RecipeError
+from train.handover import handed_over
 from train.optim import matches
+from train.waveform_config import DECODER_PHASES
 
 
 class Sources:
@@ -55,8 +56,11 @@ class Sources:
         )
 
 
-def open_init(recipe: Recipe, setup: EngineSetup) -> StateReader:
-    """The weights that a new run starts from. Raises CheckpointError for a place that has none."""
+def open_init(recipe: Recipe, setup: EngineSetup) -> tuple[StateReader, str]:
+    """The weights that a new run starts from, and a line on what begins anew, "" for nothing.
+
+    Raises CheckpointError for a place that has none.
+    """
     assert recipe.init is not None
     folders = [folder.strip() for folder in recipe.init.split(",")]
     if recipe.carry == "optimizer":
@@ -64,8 +68,11 @@ def open_init(recipe: Recipe, setup: EngineSetup) -> StateReader:
             raise RecipeError("carry=optimizer takes the state of one run: give one init, and no fresh")
     elif len(folders) > 1 or recipe.fresh:
         named = [(folder, open_weights(folder, released_pieces)) for folder in folders]
-        return Sources(named, recipe.fresh, Drawn(setup, {}))
-    return open_weights(folders[0], released_pieces)
+        return Sources(named, recipe.fresh, Drawn(setup, {})), ""
+    weights = open_weights(folders[0], released_pieces)
+    if setup.phase.speech in DECODER_PHASES and not weights.kinds("code2wav.code_embedding.weight"):
+        return weights, f"{recipe.init} has no code2wav: the decoder begins anew"
+    return handed_over(recipe.init, weights, setup)
 
 
 def carried_steps(recipe: Recipe, state: StateReader) -> int:
@@ -79,10 +86,3 @@ def carried_steps(recipe: Recipe, state: StateReader) -> int:
     if not steps:
         raise CheckpointError(f"init={recipe.init}: has no optimizer state; set carry=weights, or take a run")
     return int(steps)
-
-
-def warn_of_new_decoder(recipe: Recipe, state: StateReader) -> str | None:
-    """A line for the log where the waveform decoder begins anew."""
-    if not state.kinds("code2wav.code_embedding.weight") and ranks.rank() == 0:
-        return f"{recipe.init} has no code2wav: the decoder begins anew"
-    return None

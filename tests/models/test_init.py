@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from models.audio_decoder import AudioDecoder
 from models.code2wav import Code2Wav
+from models.config import AudioDecoderConfig
 from models.init import RULES, TEXT_GAIN, init_weights
 from models.omni import Omni
 from models.positions import text_audio_positions
@@ -62,6 +64,8 @@ def whole(seed, **scales):
 
 def test_rules_are_all_used_and_none_overlaps():
     names = [name.removeprefix("thinker.") for name, _ in whole(0).named_parameters()]
+    decoder = AudioDecoder(AudioDecoderConfig(16, 1, 2, 16, tie_word_embeddings=False), 64, 16)
+    names += [name for name, _ in decoder.named_parameters("audio_decoder")]
     assert all(any(re.fullmatch(pattern, name) for name in names) for pattern, _ in RULES)
     assert all(sum(bool(re.fullmatch(pattern, name)) for pattern, _ in RULES) == 1 for name in names)
 

@@ -49,8 +49,9 @@ class CheckpointReader:
         self._files = _Files(manifest.folder)
 
     def kinds(self, name: str) -> frozenset[str]:
-        """See train.engines.StateReader."""
-        return self.manifest.parameters.get(name, frozenset())
+        """See train.engines.StateReader. A Thinker's names begin with `thinker.` or not, here and there."""
+        bare, stored = name.removeprefix("thinker."), self.manifest.parameters
+        return next((stored[each] for each in (name, bare, f"thinker.{bare}") if each in stored), frozenset())
 
     def names(self) -> Mapping[str, tuple[int, ...]]:
         """Released name -> shape of every weight of the model itself."""

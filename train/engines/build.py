@@ -9,6 +9,7 @@ from importlib.util import find_spec
 
 import torch
 
+from models.config import TranscriberConfig
 from train import ranks
 from train.engines import Engine
 from train.engines.setup import EngineSetup
@@ -74,7 +75,7 @@ def _wanted(setup: EngineSetup) -> Iterator[tuple[str, str, str]]:
 def _megatron(setup: EngineSetup) -> Engine:
     layout = layout_of(setup)
     check_layout(setup.model, layout)
-    if setup.sequence_length and setup.phase.speech not in DECODER_PHASES:
+    if setup.sequence_length and setup.encodes and not isinstance(setup.model, TranscriberConfig):
         check_sequence(layout, setup.sequence_length)
         _check_memory(setup, layout)
     if setup.phase.speech in DECODER_PHASES and setup.evaluates:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,31 +17,35 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.types import Batch
-from models.config import ThinkerConfig
+from models.config import ThinkerConfig, TranscriberConfig
 from models.generate import greedy
 from models.init import init_scale, init_tensor, init_weights
 from models.omni import Omni
 from models.omni_config import OmniConfig
 from models.thinker import Thinker
+from models.transcriber import Transcriber, transcribe
 from train.config import EngineConfig, LossConfig, OptimConfig, Phase
 from train.engines import VALUE, WEIGHT, StateReader, StepStats
 from train.errors import RecipeError
 from train.loss import IGNORE, Objective, Totals, inputs_of, pictures_of, uniform_share
 from train.optim import param_groups, select_trainable
+from train.parallel import Model, thinker_of
 from train.preference import PreferenceObjective
 from train.speech import SpeechObjective
+from train.transcribe import TranscribeObjective
 from train.waveform import ADVERSARY, WaveformObjective, add_adversary
 from train.waveform_config import DECODER_PHASES
 
 KEPT = 3  # tensors of Drawn: queries, keys and values of a layer come in turns
-AnyObjective = Objective | SpeechObjective | WaveformObjective
+AnyObjective = Objective | SpeechObjective | WaveformObjective | TranscribeObjective
+LEFT_OUT = ("code2wav.", f"{ADVERSARY}.", "audio_decoder.")  # parts that weights to start from may lack
 
 
 @dataclass(frozen=True)
 class EngineSetup:
     """Everything an engine is built from. The engine gets configurations, not modules: it decides how to build them."""
 
-    model: ThinkerConfig | OmniConfig
+    model: Model
     engine: EngineConfig
     optim: OptimConfig
     loss: LossConfig
@@ -65,7 +69,7 @@ class EngineSetup:
     @property
     def thinker(self) -> ThinkerConfig:
         """The Thinker's sizes."""
-        return self.model.thinker if isinstance(self.model, OmniConfig) else self.model
+        return thinker_of(self.model)
 
     @property
     def encodes(self) -> bool:
@@ -81,6 +85,8 @@ class EngineSetup:
         with contextlib.nullcontext() if drawn else torch.device("meta"):
             if isinstance(self.model, OmniConfig):
                 model = Omni(self.model, recompute_experts=recompute)
+            elif isinstance(self.model, TranscriberConfig):
+                model = Transcriber(self.model)
             else:
                 model = Thinker(self.model, recompute_experts=recompute)
         if drawn:
@@ -89,6 +95,8 @@ class EngineSetup:
             add_adversary(model, self.loss.waveform, self.seed)
         select_trainable(model, self.phase, self.phase_name)
         limit = self.loss.max_logits
+        if isinstance(model, Transcriber):
+            return TranscribeObjective(model, max_logits=limit)
         if isinstance(model, Thinker):
             return Objective(model, top_k=self.thinker.text.num_experts_per_tok, max_logits=limit)
         if self.phase.speech in DECODER_PHASES:
@@ -174,15 +182,20 @@ def read_shares(state: StateReader, objective: AnyObjective, device: torch.devic
 
 def starts_anew(state: StateReader, name: str) -> bool:
     """Whether a parameter that learns keeps its first weights: of a part that the state may lack, and does."""
-    return name.startswith(("code2wav.", f"{ADVERSARY}.")) and not state.kinds(name)
+    return name.startswith(LEFT_OUT) and not state.kinds(name)
 
 
 def sums_of_eval(objective: AnyObjective, batch: Batch) -> Mapping[str, float]:
     """Sums over a batch: `loss_sum`, `targets`, `correct` (most likely token right)."""
-    hidden_TD, _ = objective.thinker(*inputs_of(batch), **pictures_of(batch))
-    index_N = (batch.labels_T != IGNORE).nonzero().squeeze(1)
-    head = partial(_loss_and_right, target_N=batch.labels_T.index_select(0, index_N), most=objective.max_logits)
-    loss, right = objective.thinker.lm_head(hidden_TD.index_select(0, index_N), head).tolist()
+    if isinstance(objective, TranscribeObjective):
+        hidden_TD, labels_T = objective.read(replace(batch, windows=()))
+        lm_head: Any = objective.transcriber.audio_decoder.head
+    else:
+        (hidden_TD, _), labels_T = objective.thinker(*inputs_of(batch), **pictures_of(batch)), batch.labels_T
+        lm_head = objective.thinker.lm_head
+    index_N = (labels_T != IGNORE).nonzero().squeeze(1)
+    head = partial(_loss_and_right, target_N=labels_T.index_select(0, index_N), most=objective.max_logits)
+    loss, right = lm_head(hidden_TD.index_select(0, index_N), head).tolist()
     return {"loss_sum": loss, "targets": float(len(index_N)), "correct": right}
 
 
@@ -204,4 +217,6 @@ def continue_greedily(
     all_done: Callable[[bool], bool] = bool,
 ) -> list[list[int]]:
     """Greedy answers to a batch of prompts, one per document."""
+    if isinstance(objective, TranscribeObjective):
+        return transcribe(objective.transcriber, batch, max_new_tokens, stop_id, all_done)
     return greedy(objective.thinker, batch, max_new_tokens, stop_id, all_done)

@@ -19,13 +19,13 @@ from train.engines.megatron.layout import Peers, decoder_config
 from train.engines.megatron.parts import made, shell
 from train.engines.megatron.passes import Parts
 from train.engines.megatron.stages import TalkerStage, ThinkerStage
-from train.engines.megatron.waveform import WaveStage, undivided
+from train.engines.megatron.waveform import Alone, WaveStage, parts_of, undivided
 from train.engines.megatron.weights import Degrees, Placed, place_parameters
 from train.engines.setup import AnyObjective, EngineSetup
 from train.errors import EngineError
 from train.speech import SpeechObjective
 from train.stages import stage_layers, stages_of
-from train.waveform import WaveformObjective
+from train.waveform import ADVERSARY
 
 
 class Front(MegatronModule):
@@ -79,15 +79,14 @@ def build_parts(setup: EngineSetup, objective: AnyObjective, peers: Peers) -> Bu
     return Built(parts, placed, layers)
 
 
-def build_waveform(setup: EngineSetup, objective: WaveformObjective) -> Built:
-    """Make the waveform decoder and, where it has one, its adversary. The decoder's weights are unset."""
+def build_alone(setup: EngineSetup, objective: Alone) -> Built:
+    """Make what is trained without a Thinker. Weights are unset, but those of discriminators."""
     engine = undivided(setup.engine)
     text = setup.thinker.text
     config = decoder_config(text, engine, [text.num_hidden_layers], setup.device)
     flags = {name: parameter.requires_grad for name, parameter in objective.model.named_parameters()}
-    objective.code2wav.to_empty(device=setup.device)
-    if objective.adversary is not None:
-        objective.adversary.to(setup.device)
+    for name, part in parts_of(objective).items():
+        part.to(setup.device) if name == ADVERSARY else part.to_empty(device=setup.device)
     stage = WaveStage(objective, config)
     placed = place_parameters(stage, "", text, Degrees.here(), {})
     for name, parameter in stage.named_parameters():

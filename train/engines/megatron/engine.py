@@ -32,22 +32,33 @@ from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from torch import Tensor, nn
 
 from data.types import Batch
+from models.config import TranscriberConfig
 from train import ranks
 from train.engines import VALUE, Fragment, Shard, StateReader, StepStats
 from train.engines.megatron import answers
 from train.engines.megatron.block import BalancedRouter
-from train.engines.megatron.build import Built, build_parts, build_waveform
+from train.engines.megatron.build import Built, build_alone, build_parts
 from train.engines.megatron.cpu import on_this
 from train.engines.megatron.layout import Peers, stage_of
 from train.engines.megatron.passes import Passes
 from train.engines.megatron.state import State, own_parts
-from train.engines.megatron.waveform import WavePasses, undivided
-from train.engines.setup import AnyObjective, Drawn, EngineSetup, first_shares, read_shares, stats_of
+from train.engines.megatron.waveform import Alone, WavePasses, undivided
+from train.engines.setup import (
+    AnyObjective,
+    Drawn,
+    EngineSetup,
+    continue_greedily,
+    first_shares,
+    read_shares,
+    stats_of,
+    sums_of_eval,
+)
 from train.errors import EngineError
 from train.loss import SHARE, Totals, next_share
 from train.optim import group_of
 from train.speech import SpeechObjective
-from train.waveform import ADVERSARY, WaveformObjective
+from train.transcribe import TranscribeObjective
+from train.waveform import ADVERSARY
 
 
 class MegatronEngine:
@@ -66,7 +77,7 @@ class MegatronEngine:
         return on_this(self.device)
 
     def _build(self, setup: EngineSetup) -> None:
-        alone = self.objective if isinstance(self.objective, WaveformObjective) else None
+        alone = self.objective if isinstance(self.objective, Alone) else None
         self.peers = Peers.form(undivided(setup.engine) if alone else setup.engine, setup.device)
         data = self.peers.data
         self.shard = Shard(data.rank(), data.size(), leads=self.peers.leads)
@@ -74,7 +85,7 @@ class MegatronEngine:
         named = dict(self.objective.model.named_parameters())
         # discriminators draw their own first weights; kept as they are, before a cast to 16 bits
         given = {name: p.detach().clone() for name, p in named.items() if name.startswith(f"{ADVERSARY}.")}
-        built = build_waveform(setup, alone) if alone else build_parts(setup, self.objective, self.peers)
+        built = build_alone(setup, alone) if alone else build_parts(setup, self.objective, self.peers)
         shapes = {name: tuple(parameter.shape) for name, parameter in named.items()}
         overlap = setup.engine.overlap
         ddp = DistributedDataParallelConfig(
@@ -97,6 +108,7 @@ class MegatronEngine:
         self.state.restore(Drawn(setup, given), optimizer_step=0)
 
     def _passes(self, setup: EngineSetup, built: Built) -> Passes:
+        assert not isinstance(setup.model, TranscriberConfig)
         way = setup.phase.speech if isinstance(self.objective, SpeechObjective) else "off"
         talker = getattr(setup.model, "talker", None)
         tap = talker.accept_hidden_layer if talker is not None else 1
@@ -203,22 +215,20 @@ class MegatronEngine:
 
     def eval_step(self, batch: Batch) -> Mapping[str, float]:
         """See train.engines.Engine."""
-        assert isinstance(self.passes, Passes), "a phase of the waveform decoder evaluates nothing"
         with self._megatron(), self._evaluating():
+            if isinstance(self.objective, TranscribeObjective):
+                return sums_of_eval(self.objective, batch.to(self.device))
+            assert isinstance(self.passes, Passes), "a phase of the waveform decoder evaluates nothing"
             return answers.sums_of(self.passes, batch.to(self.device))
 
     def generate(self, batch: Batch, max_new_tokens: int, stop_id: int) -> list[list[int]]:
         """See train.engines.Engine."""
-        assert isinstance(self.passes, Passes), "a phase of the waveform decoder evaluates nothing"
+        batch, limits = batch.to(self.device), (max_new_tokens, stop_id, lambda done: not ranks.agree(not done))
         with self._megatron(), self._evaluating():
-            return answers.continue_greedily(
-                self.passes,
-                self.setup.thinker,
-                batch.to(self.device),
-                max_new_tokens,
-                stop_id,
-                all_done=lambda done: not ranks.agree(not done),
-            )
+            if isinstance(self.objective, TranscribeObjective):
+                return continue_greedily(self.objective, batch, *limits)
+            assert isinstance(self.passes, Passes), "a phase of the waveform decoder evaluates nothing"
+            return answers.continue_greedily(self.passes, self.setup.thinker, batch, *limits)
 
     @contextlib.contextmanager
     def _evaluating(self) -> Iterator[None]:

@@ -1,9 +1,11 @@
-"""Phases of the waveform decoder: data parallel alone, whatever degrees the recipe has for Thinker and Talker.
+"""What is data parallel alone, whatever degrees the recipe has for Thinker and Talker: phases of the waveform decoder,
+and runs of an audio encoder with its text decoder.
 
-    segments of every rank's own packs --decoder, losses--> share of the global loss --> distributed optimizer
+    every rank's own packs --decoder, losses--> share of the global loss --> distributed optimizer
 
-The decoder is small and nothing of it is split, so every rank reads packs of its own. Thinker and Talker are not made:
-their weights lie in host memory, in parts, until the next checkpoint.
+These are small and nothing of them is split, so every rank reads packs of its own. In phases of the waveform decoder
+Thinker and Talker are not made: their weights lie in host memory, in parts, until the next checkpoint. Media are
+encoded where they are read, micro-batch by micro-batch.
 """
 
 from __future__ import annotations
@@ -16,15 +18,27 @@ from megatron.core.enums import ModelType
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor
+from torch import Tensor, nn
 
 from data.types import Batch
 from train.config import EngineConfig
 from train.engines.megatron.passes import Parts, as_loss
 from train.engines.megatron.stages import Share
+from train.transcribe import TranscribeObjective
 from train.waveform import ADVERSARY, WaveformObjective
 
 WHOLE = {"tp": 1, "ep": 1, "pp": 1, "cp": 1, "expert_tp": 1, "interleave": 1}
+
+
+Alone = WaveformObjective | TranscribeObjective
+
+
+def parts_of(objective: Alone) -> dict[str, nn.Module]:
+    """The modules that are made, by their names in the model."""
+    if isinstance(objective, TranscribeObjective):
+        return dict(objective.transcriber.named_children())
+    adversary = {} if objective.adversary is None else {ADVERSARY: objective.adversary}
+    return {"code2wav": objective.code2wav, **adversary}
 
 
 def undivided(engine: EngineConfig) -> EngineConfig:
@@ -33,21 +47,20 @@ def undivided(engine: EngineConfig) -> EngineConfig:
 
 
 class WaveStage(MegatronModule):
-    """Decoder and discriminators under their names, and the loss over them."""
+    """What learns, under its names, and the loss over it."""
 
     model_type = ModelType.encoder_or_decoder
     share_embeddings_and_output_weights = False
     pre_process = post_process = True
     vp_stage = None
-    objective: WaveformObjective
+    objective: Alone
     found: list[Tensor]
 
-    def __init__(self, objective: WaveformObjective, config: TransformerConfig) -> None:
+    def __init__(self, objective: Alone, config: TransformerConfig) -> None:
         """`objective` is on the meta device, its discriminators maybe not; what learns is moved here, unset."""
         super().__init__(config=config)
-        self.code2wav = objective.code2wav.to(config.params_dtype)
-        if objective.adversary is not None:
-            self.add_module(ADVERSARY, objective.adversary.to(config.params_dtype))
+        for name, part in parts_of(objective).items():
+            self.add_module(name, part.to(config.params_dtype))
         self.__dict__["objective"] = objective  # which holds Thinker and Talker too: no part of this module
 
     def set_input_tensor(self, input_tensor: Sequence[Tensor]) -> None:
