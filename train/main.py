@@ -44,11 +44,11 @@ from train.layout import joining_ids
 from train.loop import fit
 from train.metrics import Meters, draw_curves
 from train.parallel import Model, thinker_of
+from train.progress import Progress
 from train.recipe import Span, load_recipe, spans
 from train.run import Position, Run
 from train.start import carried_steps, open_init
 from train.transcribe import flops_of
-from train.watch import Watch
 
 USER_ERRORS = (RecipeError, DataError, ConfigError, CheckpointError, EngineError)
 
@@ -88,8 +88,8 @@ def train(recipe: Recipe) -> bool:
     for span in phases:
         manifest = choose(folder, resume, agree=ranks.agree, rank=ranks.rank(), world=ranks.world(), warn=tell)
         step, stop = manifest.step if manifest else 0, min(span.stop, total)
-        watch = Watch(recipe.eval.best, recipe.end, manifest.info.get("watch") if manifest else None)
-        if step >= stop or (watch.ended and span is phases[-1]):
+        progress = Progress(recipe.eval.best, recipe.end, manifest.info.get("progress") if manifest else None)
+        if step >= stop or (progress.ended and span is phases[-1]):
             tell(f"phase {span.name}: done at step {step}")
             continue
         course = feed.courses[span.name]
@@ -110,7 +110,7 @@ def train(recipe: Recipe) -> bool:
             engine.restore(state, optimizer_step=updates)
         if manifest is not None:
             tell(f"resumed at step {step} from {manifest.folder}")
-        run = open_run(recipe, folder, setup, span, manifest, evaluator, feed, course, engine.shard, watch, updates)
+        run = open_run(recipe, folder, setup, span, manifest, evaluator, feed, course, engine.shard, progress, updates)
         run.listen()
         with closing(run), closing(engine):
             batches = stream(
@@ -204,7 +204,7 @@ def open_run(
     feed: Feed,
     course: Course,
     shard: Shard,
-    watch: Watch,
+    progress: Progress,
     updates: int,
 ) -> Run:
     """Meters and writer of a phase. The writer's memory is allocated at the first save."""
@@ -232,7 +232,7 @@ def open_run(
         warn=meters.say,
     )
     at = Position(step, updates, span.name, final=span == spans(recipe)[-1])
-    return Run(recipe, folder, meters, saver, evaluator, asdict(setup.model), feed, course, watch, at, shard.leads)
+    return Run(recipe, folder, meters, saver, evaluator, asdict(setup.model), feed, course, progress, at, shard.leads)
 
 
 def step_flops(model: Model, batch: Batch) -> int:

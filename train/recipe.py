@@ -27,9 +27,9 @@ from data.errors import DataError
 from train.config import Phase, Recipe
 from train.errors import RecipeError
 from train.parallel import ENGINES
+from train.progress import check_progress
 from train.transcribe_check import check_transcriber
 from train.typed import build, nearest, paths
-from train.watch import check_watch
 from train.waveform_config import DECODER_PHASES
 
 WAYS = ("off", "live", "detached", "frozen", "cached", "preference", *DECODER_PHASES)  # of phases.X.speech
@@ -254,4 +254,4 @@ def _validate(recipe: Recipe) -> None:
     for key, value in at_least_one.items():
         if value < 1:
             raise RecipeError(f"{key}={value}: it must be at least 1")
-    check_watch(recipe)
+    check_progress(recipe)

@@ -28,8 +28,8 @@ from train.engines import Engine
 from train.evaluate import Evaluator
 from train.feed import Course, Feed
 from train.metrics import Meters, cut_after
+from train.progress import Progress
 from train.recipe import as_yaml
-from train.watch import Watch
 
 
 @dataclass
@@ -56,14 +56,14 @@ class Run:
         identity: Mapping[str, Any],
         feed: Feed,
         course: Course,
-        watch: Watch,
+        progress: Progress,
         at: Position,
         leads: bool,
     ) -> None:
         """`leads`: of the ranks that read the same samples, this is the one that speaks of them."""
         self.recipe, self.folder, self.meters, self.saver = recipe, folder, meters, saver
         self.evaluator, self.identity, self.feed, self.course = evaluator, identity, feed, course
-        self.watch, self.at, self.leads = watch, at, leads
+        self.progress, self.at, self.leads = progress, at, leads
         self.stop_requested = False
         self._handlers: dict[signal.Signals, Any] = {}  # what signals did before `listen`
         if ranks.rank() == 0:
@@ -82,7 +82,7 @@ class Run:
     @property
     def ended(self) -> bool:
         """Whether the last phase is over before its steps are: its metric got no better (recipe.end)."""
-        return self.at.final and self.watch.ended
+        return self.at.final and self.progress.ended
 
     @staticmethod
     def open_folder(recipe: Recipe) -> Path:
@@ -137,7 +137,7 @@ class Run:
             "seed": self.recipe.seed,  # every draw is keyed by (seed, epoch, sample): there is no other random state
             "data": self.feed.position(step),
             "optimizer_step": self.at.updates,
-            "watch": self.watch.info(),
+            "progress": self.progress.info(),
             "counters": {"skipped": self.meters.num_skipped},
         }
         self.meters.exclude(self.saver.save(step, engine.fragments(), info))
@@ -153,18 +153,20 @@ class Run:
             if ranks.rank() == 0:
                 self.meters.say(report.table())
                 report.write(self.folder / "eval", step)
-        best = bool(found) and self.watch.update(step, self.at.phase, found)
+        best = bool(found) and self.progress.update(step, self.at.phase, found)
         if self.ended:
-            self.meters.say(f"{self.watch.end.metric} got no better in {self.watch.plateau.stale} evaluations: the end")
+            self.meters.say(
+                f"{self.progress.end.metric} got no better in {self.progress.plateau.stale} evaluations: the end"
+            )
         self.meters.exclude(time.monotonic() - began)
         return best
 
     def close(self) -> None:
         """Wait until the last checkpoint is published, end the meters, and listen to signals no longer."""
         self.saver.close()
-        if ranks.rank() == 0 and self.watch.best_step is not None:  # the last evaluation comes after the last save
+        if ranks.rank() == 0 and self.progress.best_step is not None:  # the last evaluation comes after the last save
             try:
-                name_best(self.folder / "checkpoints", self.watch.best_step)
+                name_best(self.folder / "checkpoints", self.progress.best_step)
             except OSError as error:
                 self.meters.say(f"checkpoints/best could not be written: {error.strerror or error}")
         self.meters.close()

@@ -96,7 +96,7 @@ def folder_step(name: str) -> int | None:
 
 def best_step(info: Mapping[str, Any]) -> int | None:
     """Of the evaluation that the run thinks its best, from what a manifest says of the run."""
-    best = info.get("watch", {}).get("best", {})
+    best = info.get("progress", {}).get("best", {})
     return best["step"] if best.get("value") is not None else None
 
 

@@ -1,6 +1,6 @@
 """What evaluations decide: which checkpoint is the best, and whether a run has stopped getting better.
 
-    evaluation --> Watch.update(step, {"heldout": {"wer": 0.1}}) --> best? ended? --> the checkpoint keeps both
+    evaluation --> Progress.update(step, {"heldout": {"wer": 0.1}}) --> best? ended? --> the checkpoint keeps both
 
 Its state goes with the checkpoint, so a killed run that goes on decides as the one that was never killed.
 Metrics are named SET.METRIC, a set of eval.sets and a number of its report.
@@ -35,11 +35,11 @@ class Record:
         return replace(self, stale=self.stale + 1)
 
 
-class Watch:
+class Progress:
     """Follows the metrics that a recipe names (`eval.best`, `end.metric`)."""
 
     def __init__(self, best: str, end: EndConfig, state: Mapping[str, Any] | None = None) -> None:
-        """`state` is what `info` of an earlier Watch of the run has said."""
+        """`state` is what `info` of an earlier Progress of the run has said."""
         self.metric, self.end = best, end
         state = state or {}
         self.best = Record(**state.get("best", {}))
@@ -80,7 +80,7 @@ def _value(metric: str, found: Mapping[str, Mapping[str, float]], step: int) -> 
     return found[name][kind], step, METRICS[kind]
 
 
-def check_watch(recipe: Recipe) -> None:
+def check_progress(recipe: Recipe) -> None:
     """Raise RecipeError for a metric that no evaluation gives, and for an end that can never come."""
     for key, metric in (("eval.best", recipe.eval.best), ("end.metric", recipe.end.metric)):
         if metric:
