@@ -9,7 +9,8 @@
 
 A part names the extension of a member of the same key: KEY.flac, KEY.mp4. With "sound" a film's own sound is heard in
 step with its frames. The last answer may have, beside its text, a recording of that text, which the Talker learns to
-say and the Thinker neither hears nor counts: {"type": "speech", "speech": "speech.flac", "speaker": "george"}. Only the
+say and the Thinker neither hears nor counts: {"type": "speech", "speech": "speech.flac", "speaker": "george"}. What
+evaluation compares answers with, besides the last one, stands under "grading" (data/grading.py). Only the
 JSON and the members that it names are ever opened, and only where their extension is on the lists below; all else in a
 tar is dead weight.
 """
@@ -23,6 +24,7 @@ from typing import Any, NamedTuple
 
 from data.audio import EXTENSIONS as AUDIO_EXTENSIONS
 from data.errors import BadSample
+from data.grading import Grading, parse_grading
 from data.tokenizer import ROLES
 from data.video import EXTENSIONS as VIDEO_EXTENSIONS
 from data.vision import EXTENSIONS as IMAGE_EXTENSIONS
@@ -69,11 +71,14 @@ class SampleRecord:
     source: str = ""
     speaker: str = ""
     segments: Sequence[Part] = ()
+    grading: Grading | None = None  # of evaluation sets
 
     def to_json(self) -> bytes:
         """The bytes of the sample's .json member."""
         content = {"messages": self.messages} if self.messages else {"segments": self.segments}
-        about = {name: value for name in _ABOUT if (value := getattr(self, name))}
+        about: dict[str, Any] = {name: value for name in _ABOUT if (value := getattr(self, name))}
+        if self.grading is not None:
+            about["grading"] = self.grading.plain()
         return json.dumps(content | about, ensure_ascii=False).encode()
 
 
@@ -95,7 +100,9 @@ def parse_sample(key: str, payload: bytes) -> SampleRecord:
         _check_name(about[name], f'"{name}"')
     if ("messages" in content) == ("segments" in content):
         raise BadSample('its .json needs either "messages" or "segments"')
-    record = SampleRecord(key, content.get("messages", ()), {}, **about, segments=content.get("segments", ()))
+    grading = parse_grading(content["grading"]) if "grading" in content else None
+    segments = content.get("segments", ())
+    record = SampleRecord(key, content.get("messages", ()), {}, **about, segments=segments, grading=grading)
     check_record(record)
     return record
 

@@ -246,6 +246,11 @@ class ShardIndex:
         extensions = self.about["extensions"]
         return self._read(row, max_bytes, lambda code: code in self._speech or extensions[code] == "json")
 
+    def read_json(self, row: int, max_bytes: int = 1 << 30) -> bytes:
+        """The .json of a sample alone; nothing where there is none. Raises BadSample as `read` does."""
+        extensions = self.about["extensions"]
+        return self._read(row, max_bytes, lambda code: extensions[code] == "json").get("json", b"")
+
     def _read(self, row: int, max_bytes: int, wants: Callable[[int], bool] | None = None) -> dict[str, bytes]:
         """The members of a sample whose code of an extension is wanted."""
         views = self._views

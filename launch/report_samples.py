@@ -25,7 +25,7 @@ from data.report import human_bytes
 from launch.report_html import figure, percent, table, text, uri
 from launch.report_metrics import number_of
 from launch.report_read import Run, Stage, dictionary, read_json
-from train.evaluate import normalise
+from train.word_errors import normalise
 
 MEDIA_BYTES = 4 << 20  # of the page; base64 makes a third more of it
 MEDIUM_BYTES = 2 << 20  # of one file

@@ -12,7 +12,7 @@ from typing import Any
 
 from data.errors import DataError
 from data.prompts import Prompt
-from train.evaluate import Row, grouped_rows
+from train.word_errors import Row, grouped_rows
 
 UNDERSTANDING, ANSWERS, SPEECH, CODEC = 0.10, 0.90, 0.20, 0.10  # the bars: error, accuracy, error, error
 SOUNDS = {"speech": "Talker", "codec": "codec", "recording": "recording"}

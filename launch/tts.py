@@ -21,6 +21,7 @@ from launch.tts_report import Files, as_json, check_folder, comparison, publish,
 from models.omni_config import OmniConfig
 from models.sampling import Sampling
 from models.say import SaySettings, speaker_id
+from train.config import shards_of
 from train.errors import CheckpointError, RecipeError
 from train.feed import codec_of, model_layout
 from train.recogniser import Recogniser, plain_request, usual_requests
@@ -126,7 +127,7 @@ class _Speech:
         if order.asked.speaker:
             speaker_id(model.talker, order.asked.speaker)
         self.opened, self.order, self.model = opened, order, model
-        sets = order.shards or recipe.eval.sets
+        sets = order.shards or {name: shards_of(entry) for name, entry in recipe.eval.sets.items()}
         if not sets:
             raise RecipeError(f"{where} has no eval.sets: give shards=PATTERN")
         codec_of(recipe.data.codec, model)
@@ -185,7 +186,7 @@ def open_recogniser(given: dict[str, str], rest: Sequence[str]) -> Recogniser:
             requests = plain_request(given["instruction"])
         else:
             recipe = opened.recipe
-            patterns = recipe.eval.sets.values()
+            patterns = map(shards_of, recipe.eval.sets.values())
             corpora = [Corpus.open(shards, opened.tokenizer.fingerprint, recipe.data.store) for shards in patterns]
             requests = usual_requests(corpora)
         engine, _ = opened.engine()

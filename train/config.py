@@ -136,21 +136,36 @@ class SaveConfig:
 
 
 @dataclass(frozen=True)
+class EvalSet:
+    """A set with a suite of its own."""
+
+    shards: list[str]
+    suite: str = ""
+    """Instead of eval.suite."""
+
+
+@dataclass(frozen=True)
 class EvalConfig:
     """Evaluation inside training and by `python -m launch.evaluate`."""
 
     every: int = 0
     """Steps between evaluations; 0: only at the end of the run."""
     suite: str = "asr"
+    """What is asked and counted: asr, vqa, caption, qa, long_qa, likelihood or text (docs/evaluate.md)."""
     best: str = ""
     """SET.METRIC: the checkpoint where it was best is kept, and checkpoints/best names it."""
-    sets: dict[str, list[str]] = field(default_factory=dict)
-    """Name of a set -> its shards, for instance {heldout: [corpus/heldout/*.tar]}."""
+    sets: dict[str, list[str] | EvalSet] = field(default_factory=dict)
+    """Name of a set -> its shards, for instance {heldout: [corpus/heldout/*.tar]}, or {shards: [...], suite: vqa}."""
     max_samples: int = 0
     """Samples taken from each set, always the same random ones; 0: all."""
     max_new_tokens: int = 64
     batch_tokens: int = 4096
     """Prompt tokens decoded together."""
+
+
+def shards_of(entry: list[str] | EvalSet) -> list[str]:
+    """The shards of an evaluation set."""
+    return entry if isinstance(entry, list) else entry.shards
 
 
 @dataclass(frozen=True)

@@ -1,182 +1,196 @@
-"""Word error rate of greedy answers, the same code inside training and in `python -m launch.evaluate`.
+"""Evaluation sets asked by their suites: the same code inside training and in `python -m launch.evaluate`.
 
-    eval shards -> prompts (everything before the assistant's answer), packed into batches
-                -> each rank answers its share of the batches -> token ids, summed over ranks -> text
-                -> jiwer -> Report: word error rate and share of right answers of each language, of each source, of all
+    eval shards -> prompts, in the order of a hash -> those that the suite can grade, packed into batches by length
+                -> each rank asks its share of the batches: generate, choose or read (train/suites/__init__.py)
+                -> numbers summed over ranks -> Answered -> Report: counts and metrics of each language, source, ...
 
-Documents ask nothing: of them the cross-entropy is taken, nats a token.
-Text is compared in lower case without punctuation; Chinese and Japanese characters count as words of their own, so that
-their rate is the character error rate, as is usual.
+The batches do not depend on the ranks that they are dealt to, so neither does the result. Of documents beside questions
+the cross-entropy is taken too, nats a token.
+Cost: one decode of each sample's media; one forward of the prompts of a batch, then one step of all of them a token.
+
+Letters: N samples, K numbers of each.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import unicodedata
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
-import jiwer
 import torch
 
-from data.errors import BadSample
+from data.errors import BadSample, DataError
 from data.hashing import permutation
 from data.prompts import Prompt, PromptSet
 from data.tokenizer import Tokenizer
+from data.types import Batch
 from train import ranks
 from train.config import EvalConfig
-from train.engines import Engine, Shard
+from train.engines import Shard
+from train.evaluation_report import Report, make_report
+from train.suites import CHOOSE, GENERATE, READ, Answered, Suite
+from train.suites.registry import metrics_of, suite_of
 
 ANSWER_END = "<|im_end|>"
+TRIED = 16  # samples of a set that are looked at before training
+LINE = 512  # bytes of a reason on its way between ranks
+
+Found = Mapping[int, list[float]]  # what the model found, by sample
 
 
-@dataclass(frozen=True)
-class Row:
-    """Word errors and right answers of one language, of one source, or of all."""
-
-    group: str
-    num_samples: int
-    num_right: int  # answers that are the reference, compared as words are
-    num_words: int
-    substitutions: int
-    deletions: int
-    insertions: int
+class Asked(Protocol):
+    """A model as an evaluation sees it: any train.engines.Engine, or launch/folder_engine.py."""
 
     @property
-    def wer(self) -> float:
-        """Errors per reference word."""
-        return (self.substitutions + self.deletions + self.insertions) / max(1, self.num_words)
+    def shard(self) -> Shard:
+        """Which of the batches this rank takes."""
+        ...
 
-    @property
-    def accuracy(self) -> float:
-        """Share of right answers."""
-        return self.num_right / max(1, self.num_samples)
+    def generate(self, batch: Batch, max_new_tokens: int, stop_id: int) -> list[list[int]]:
+        """Greedy continuation of every document of a batch of prompts. Collective."""
+        ...
 
+    def losses(self, batch: Batch) -> list[float]:
+        """Cross-entropy of each document's targets, summed, nats. Collective."""
+        ...
 
-@dataclass(frozen=True)
-class Report:
-    """The result on one set."""
-
-    set_name: str
-    step: int
-    rows: tuple[Row, ...]  # languages, then "all"
-    sources: tuple[Row, ...]
-    examples: tuple[dict[str, str], ...]  # key, language, source, reference, answer
-    skipped: tuple[str, ...]  # samples that could not be read, or have no answer to compare with
-    loss: float | None = None  # of the documents in the set, nats a token; None where there are none
-    num_targets: int = 0  # tokens that it is the mean of
-
-    @property
-    def wer(self) -> float:
-        """Over all languages."""
-        return self.rows[-1].wer
-
-    @property
-    def num_words(self) -> int:
-        """Reference words over all languages."""
-        return self.rows[-1].num_words
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        """What metrics.jsonl and a choice by metric (`SET.METRIC`) know of it."""
-        found = {"wer": self.wer, "words": self.num_words, "accuracy": self.rows[-1].accuracy}
-        return found if self.loss is None else found | {"loss": self.loss, "targets": self.num_targets}
-
-    def table(self) -> str:
-        """For people."""
-        lines = [f"{self.set_name} at step {self.step}: word error rate, answers that are right word by word"]
-        tables = {"language": self.rows, "source": self.sources if len(self.sources) > 1 else ()}
-        for title, rows in tables.items():
-            if rows:
-                lines.append(
-                    f"  {title:<22}{'WER':>8}{'right':>8}{'samples':>9}{'words':>8}{'sub':>6}{'del':>6}{'ins':>6}"
-                )
-            lines += [
-                f"  {row.group:<22}{row.wer:>8.1%}{row.accuracy:>8.1%}{row.num_samples:>9}{row.num_words:>8}"
-                f"{row.substitutions:>6}{row.deletions:>6}{row.insertions:>6}"
-                for row in rows
-            ]
-        if self.skipped:
-            lines.append(f"  {len(self.skipped)} samples could not be used, first: {self.skipped[0]}")
-        if self.loss is not None:
-            lines.append(f"  documents: {self.loss:.4f} nats a token, over {self.num_targets:,} tokens")
-        return "\n".join(lines)
-
-    def write(self, folder: Path, step: int) -> Path:
-        """As JSON with every answer; published whole."""
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{self.set_name}-step{step:08d}.json"
-        body: dict[str, Any] = {"set": self.set_name, "step": step, "wer": self.wer}
-        body |= {"loss": self.loss, "targets": self.num_targets}
-        for name, rows in (("rows", self.rows), ("sources", self.sources)):
-            body[name] = [{**asdict(row), "wer": row.wer, "accuracy": row.accuracy} for row in rows]
-        body |= {"skipped": list(self.skipped), "examples": list(self.examples)}
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(body, ensure_ascii=False, indent=1) + "\n")
-        os.replace(temporary, path)
-        return path
+    def likelihoods(self, batch: Batch, choices: Sequence[Sequence[Sequence[int]]]) -> list[list[float]]:
+        """Log-probability of each document's choices as its continuation, summed over tokens, nats. Collective."""
+        ...
 
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Runs the `asr` suite over the recipe's sets."""
+    """Asks the recipe's sets."""
 
     config: EvalConfig
     sets: dict[str, PromptSet]
     tokenizer: Tokenizer
 
-    def reports(self, engine: Engine, step: int) -> Iterator[Report]:
+    def check(self) -> None:
+        """Raise DataError for a set that has nothing to ask, as far as a few samples show it."""
+        for name, prompts in self.sets.items():
+            suite = suite_of(self.config, name)
+            asked, refused = _askable(suite, prompts, self._chosen(suite, name, prompts)[:TRIED])
+            if not asked:
+                raise DataError(nothing_to_ask(name, suite, [*refused.values()]))
+
+    def metrics(self, name: str) -> dict[str, bool]:
+        """Metrics that a set has, and whether higher is better."""
+        known = metrics_of(self.config, name)
+        if suite_of(self.config, name).ASKS == GENERATE and not len(self.sets[name].documents):
+            known.pop("loss")
+        return known
+
+    def reports(self, engine: Asked, step: int) -> Iterator[Report]:
         """One report a set. Collective."""
         for name, prompts in self.sets.items():
             yield self._report(engine, name, prompts, step)
 
-    def _report(self, engine: Engine, name: str, prompts: PromptSet, step: int) -> Report:
-        chosen = prompts.samples[some_of(len(prompts.samples), self.config.max_samples)].tolist()
-        groups = prompts.groups(chosen, self.config.batch_tokens)
-        # summed over ranks: each fills its own rows with token ids, plus one
-        mine = torch.zeros(len(chosen), self.config.max_new_tokens, dtype=torch.float64)
-        skipped: list[str] = []
-        read = torch.zeros(len(chosen), dtype=torch.float64)
-        for group in dealt(groups, engine.shard):
-            batch, rows = prompts.load(group)
-            outputs = engine.generate(batch, self.config.max_new_tokens, self.tokenizer.id(ANSWER_END))
-            if not engine.shard.leads:
-                continue
-            skipped += batch.skipped
-            for row, ids in zip(rows, outputs, strict=True):
-                place = chosen.index(row)
-                read[place] = 1
-                mine[place, : len(ids)] = torch.tensor(ids, dtype=torch.float64) + 1
-        answers, read = ranks.total(mine).long() - 1, ranks.total(read)
-        pairs = []
-        for sample, ids, ok in zip(chosen, answers.tolist(), read.tolist(), strict=True):
-            try:
-                if ok:
-                    text = self.tokenizer.decode([i for i in ids if i >= 0]).strip()
-                    pairs.append((prompts.prompt(sample), text))
-            except BadSample as error:
-                skipped.append(f"{prompts.reader.corpus.name(sample)}: {error.reason}")
-        rows, sources = error_rows(pairs), grouped_rows(pairs, lambda prompt: prompt.source or "unknown")
-        loss, targets = self._loss(engine, prompts)
-        return Report(name, step, rows, sources, _examples(pairs), tuple(skipped), loss, targets)
+    def _chosen(self, suite: Suite, name: str, prompts: PromptSet) -> list[int]:
+        pool = {GENERATE: prompts.samples, CHOOSE: prompts.all, READ: prompts.documents}[suite.ASKS]
+        if not len(pool):
+            kind = "documents" if suite.ASKS == READ else "conversations"
+            raise DataError(f"eval set {name}: its shards have no {kind}, which suite={suite.NAME} asks about")
+        return pool[some_of(len(pool), self.config.max_samples)].tolist()
 
-    def _loss(self, engine: Engine, prompts: PromptSet) -> tuple[float | None, int]:
+    def _report(self, engine: Asked, name: str, prompts: PromptSet, step: int) -> Report:
+        suite = suite_of(self.config, name)
+        chosen = self._chosen(suite, name, prompts)
+        asked, refused = _askable(suite, prompts, chosen)
+        ask = {GENERATE: self._generated, CHOOSE: self._likelihoods, READ: self._read}[suite.ASKS]
+        answers, unread = ask(engine, prompts, asked)
+        skipped = [line for _, line in sorted({**refused, **unread}.items())]
+        loss, targets = self._loss(engine, prompts) if suite.ASKS == GENERATE else (None, 0)
+        return make_report(name, suite, step, answers, skipped, loss, targets)
+
+    def _generated(self, engine: Asked, prompts: PromptSet, asked: Mapping[int, Prompt]) -> Result:
+        most, stop = self.config.max_new_tokens, self.tokenizer.id(ANSWER_END)
+
+        def ask(batch: Batch, read: Sequence[int]) -> list[list[float]]:
+            return [[token + 1.0 for token in ids] for ids in engine.generate(batch, most, stop)]
+
+        found, unread = self._collect(engine, prompts, [*asked], most, ask)
+        texts = {
+            sample: self.tokenizer.decode([int(value) - 1 for value in values if value]).strip()
+            for sample, values in found.items()
+        }
+        return [Answered(asked[sample], text) for sample, text in texts.items()], unread
+
+    def _likelihoods(self, engine: Asked, prompts: PromptSet, asked: Mapping[int, Prompt]) -> Result:
+        ids = {s: [self.tokenizer.encode(choice) for choice in prompt.grading.choices] for s, prompt in asked.items()}
+
+        def ask(batch: Batch, read: Sequence[int]) -> list[list[float]]:
+            return engine.likelihoods(batch, [ids[sample] for sample in read])
+
+        found, unread = self._collect(engine, prompts, [*asked], max(map(len, ids.values()), default=1), ask)
+        answers = []
+        for sample, values in found.items():
+            choices = asked[sample].grading.choices
+            logprobs = tuple(values[: len(choices)])
+            answers.append(Answered(asked[sample], choices[logprobs.index(max(logprobs))], logprobs))
+        return answers, unread
+
+    def _read(self, engine: Asked, prompts: PromptSet, asked: Mapping[int, Prompt]) -> Result:
+        found, unread = self._losses(engine, prompts, [*asked])
+        return [Answered(asked[s], nats=nats, targets=int(targets)) for s, (nats, targets) in found.items()], unread
+
+    def _losses(self, engine: Asked, prompts: PromptSet, samples: Sequence[int]) -> tuple[Found, dict[int, str]]:
+        def ask(batch: Batch, read: Sequence[int]) -> list[list[float]]:
+            labels = batch.labels_T.split(list(batch.doc_lengths)) if batch.doc_lengths else ()
+            targets = [int((labels_S >= 0).sum()) for labels_S in labels]
+            return [[nats, count] for nats, count in zip(engine.losses(batch), targets, strict=True)]
+
+        return self._collect(engine, prompts, samples, 2, ask, whole=True)
+
+    def _loss(self, engine: Asked, prompts: PromptSet) -> tuple[float | None, int]:
         """Cross-entropy of a set's documents in nats a token, and over how many tokens."""
         if not len(prompts.documents):
             return None, 0
         chosen = prompts.documents[some_of(len(prompts.documents), self.config.max_samples)].tolist()
-        groups = prompts.groups(chosen, self.config.batch_tokens)
-        sums = torch.zeros(2, dtype=torch.float64)
-        for group in dealt(groups, engine.shard):
-            found = engine.eval_step(prompts.whole(group))
-            if engine.shard.leads:
-                sums += torch.tensor([found["loss_sum"], found["targets"]], dtype=torch.float64)
-        loss, targets = ranks.total(sums).tolist()
-        return loss / max(1.0, targets), int(targets)
+        found, _ = self._losses(engine, prompts, chosen)
+        nats, targets = (sum(values[k] for values in found.values()) for k in (0, 1))
+        return nats / max(1.0, targets), int(targets)
+
+    def _collect(
+        self,
+        engine: Asked,
+        prompts: PromptSet,
+        samples: Sequence[int],
+        width: int,
+        ask: Callable[[Batch, Sequence[int]], list[list[float]]],
+        whole: bool = False,
+    ) -> tuple[Found, dict[int, str]]:
+        """At most `width` numbers of each sample that could be read, and why others could not. Collective.
+
+        Summed over ranks: each fills in its own rows.
+        """
+        places = {sample: place for place, sample in enumerate(samples)}
+        rows_NK = torch.zeros(len(samples), width + 1, dtype=torch.float64)  # the last: how often it was read
+        unread: dict[int, str] = {}
+        for group in dealt(prompts.groups(samples, self.config.batch_tokens), engine.shard):
+            batch, read = prompts.load(group, whole=whole)
+            found = ask(batch, read)
+            if not engine.shard.leads:
+                continue
+            lost = [sample for sample in group if sample not in set(read)]
+            unread |= dict(zip(lost, batch.skipped, strict=True))
+            for sample, values in zip(read, found, strict=True):
+                rows_NK[places[sample], : len(values)] = torch.tensor(values, dtype=torch.float64)
+                rows_NK[places[sample], width] = 1
+        rows = ranks.total(rows_NK).tolist()
+        found = {sample: rows[place][:width] for sample, place in places.items() if rows[place][width]}
+        return found, _gathered(unread)
+
+
+Result = tuple[list[Answered], dict[int, str]]
+
+
+def nothing_to_ask(name: str, suite: Suite, reasons: Sequence[str]) -> str:
+    """A line on a set of which no sample can be used."""
+    first = f"; the first: {reasons[0]}" if reasons else ""
+    return f"eval set {name}: none of its samples can be asked by suite={suite.NAME}{first}"
 
 
 def dealt(groups: Sequence[list[int]], shard: Shard) -> Iterator[list[int]]:
@@ -193,50 +207,28 @@ def some_of(count: int, most: int) -> list[int]:
     return sorted(permutation(count, 0)[:most].tolist())
 
 
-def normalise(text: str) -> str:
-    """Lower case, no punctuation, single spaces, CJK characters apart."""
-    out = []
-    for char in unicodedata.normalize("NFKC", text).lower():
-        if unicodedata.category(char)[0] in "PS":
-            out.append(" " if char != "'" else "")
-        elif unicodedata.east_asian_width(char) in "WF":
-            out.append(f" {char} ")
+def _askable(suite: Suite, prompts: PromptSet, samples: Sequence[int]) -> tuple[dict[int, Prompt], dict[int, str]]:
+    """What is known of the samples that the suite can grade, and why it cannot grade the others."""
+    asked, refused = {}, {}
+    for sample in samples:
+        try:
+            prompt = prompts.prompt(sample)
+            reason = suite.refusal(prompt)
+        except BadSample as error:
+            reason = error.reason
+        if reason:
+            refused[sample] = f"{prompts.name(sample)}: {reason}"
         else:
-            out.append(char)
-    return " ".join("".join(out).split())
+            asked[sample] = prompt
+    return asked, refused
 
 
-def error_rows(pairs: Sequence[tuple[Prompt, str]]) -> tuple[Row, ...]:
-    """Errors of answers: a row for each language, then one for all."""
-    return (*grouped_rows(pairs, lambda prompt: prompt.language), _row("all", pairs))
-
-
-def grouped_rows(pairs: Sequence[tuple[Prompt, str]], group: Callable[[Prompt], str]) -> tuple[Row, ...]:
-    """Errors of answers: a row for each group of questions, in the order of their names."""
-    groups: dict[str, list[tuple[Prompt, str]]] = {}
-    for pair in pairs:
-        groups.setdefault(group(pair[0]), []).append(pair)
-    return tuple(_row(name, groups[name]) for name in sorted(groups))
-
-
-def _row(group: str, pairs: Sequence[tuple[Prompt, str]]) -> Row:
-    substitutions = deletions = insertions = words = right = 0
-    for prompt, answer in pairs:
-        reference, hypothesis = normalise(prompt.reference), normalise(answer)
-        right += reference == hypothesis
-        if not reference:  # nothing was said: every word of the answer is inserted
-            insertions += len(hypothesis.split())
-            continue
-        result = jiwer.process_words(reference, hypothesis)
-        words += len(reference.split())
-        substitutions += result.substitutions
-        deletions += result.deletions
-        insertions += result.insertions
-    return Row(group, len(pairs), right, words, substitutions, deletions, insertions)
-
-
-def _examples(pairs: Sequence[tuple[Prompt, str]]) -> tuple[dict[str, str], ...]:
-    return tuple(
-        {"key": p.key, "language": p.language, "source": p.source, "reference": p.reference, "answer": answer}
-        for p, answer in pairs
-    )
+def _gathered(lines: Mapping[int, str]) -> dict[int, str]:
+    """The lines of all ranks, by sample. Collective."""
+    rows = torch.zeros(len(lines), LINE + 2, dtype=torch.int64)
+    for row, (sample, line) in zip(rows, lines.items(), strict=True):
+        payload = line.encode()[:LINE]
+        row[0], row[1] = sample, len(payload)
+        row[2 : 2 + len(payload)] = torch.tensor(list(payload))
+    found = [row for part in ranks.gather(rows) for row in part.tolist()]
+    return {row[0]: bytes(row[2 : 2 + row[1]]).decode(errors="ignore") for row in found}

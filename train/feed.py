@@ -22,7 +22,7 @@ from data.reader import Reader
 from data.tokenizer import Tokenizer
 from models.config import TranscriberConfig
 from models.omni_config import OmniConfig
-from train.config import Phase, Recipe
+from train.config import Phase, Recipe, shards_of
 from train.evaluate import Evaluator
 from train.layout import ModelLayout, media_tokens, work_of
 from train.parallel import Model, thinker_of
@@ -242,10 +242,12 @@ def model_layout(model: Model, tokenizer: Tokenizer) -> ModelLayout:
 
 
 def open_evaluator(recipe: Recipe, tokenizer: Tokenizer, model: Model) -> Evaluator:
-    """The recipe's evaluation sets. Raises DataError for shards that cannot be used."""
+    """The recipe's evaluation sets. Raises DataError for shards that cannot be used, and for sets of nothing to ask."""
     data, layout = recipe.data, model_layout(model, tokenizer)
     sets = {}
-    for name, shards in recipe.eval.sets.items():
-        corpus = Corpus.open(shards, tokenizer.fingerprint, data.store)
+    for name, entry in recipe.eval.sets.items():
+        corpus = Corpus.open(shards_of(entry), tokenizer.fingerprint, data.store)
         sets[name] = PromptSet(Reader(corpus, tokenizer, seed=recipe.seed, layout=layout, limits=data.limits))
-    return Evaluator(recipe.eval, sets, tokenizer)
+    evaluator = Evaluator(recipe.eval, sets, tokenizer)
+    evaluator.check()
+    return evaluator

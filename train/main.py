@@ -88,7 +88,7 @@ def train(recipe: Recipe) -> bool:
     for span in phases:
         manifest = choose(folder, resume, agree=ranks.agree, rank=ranks.rank(), world=ranks.world(), warn=tell)
         step, stop = manifest.step if manifest else 0, min(span.stop, total)
-        progress = Progress(recipe.eval.best, recipe.end, manifest.info.get("progress") if manifest else None)
+        progress = Progress(recipe.eval, recipe.end, manifest.info.get("progress") if manifest else None)
         if step >= stop or (progress.ended and span is phases[-1]):
             tell(f"phase {span.name}: done at step {step}")
             continue

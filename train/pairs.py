@@ -34,12 +34,12 @@ from data.reader import open_sample
 from data.types import SpeechPairs
 from models.omni import Omni
 from models.say import SaySettings
-from train.evaluate import error_rows
 from train.layout import ModelLayout
 from train.preference import PreferenceConfig, PreferenceObjective
 from train.speech_eval import Listening
 from train.speech_set import SpeechSet, Utterance, talker_ids
 from train.synthesis import OmniSpeaking
+from train.word_errors import error_rows
 
 RECORDING = -1
 Score = tuple[float, bool]  # word error rate, and whether the speech had to be ended: less is better

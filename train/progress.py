@@ -8,15 +8,13 @@ Metrics are named SET.METRIC, a set of eval.sets and a number of its report.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from train.config import EndConfig, Recipe
+from train.config import EndConfig, EvalConfig, Recipe
 from train.errors import RecipeError
-from train.typed import nearest
-
-METRICS = {"wer": False, "accuracy": True, "loss": False}  # of an evaluation, and whether higher is better
+from train.suites.registry import chosen_metric
 
 
 @dataclass(frozen=True)
@@ -38,9 +36,9 @@ class Record:
 class Progress:
     """Follows the metrics that a recipe names (`eval.best`, `end.metric`)."""
 
-    def __init__(self, best: str, end: EndConfig, state: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, config: EvalConfig, end: EndConfig, state: Mapping[str, Any] | None = None) -> None:
         """`state` is what `info` of an earlier Progress of the run has said."""
-        self.metric, self.end = best, end
+        self.config, self.end, self.metric = config, end, config.best
         state = state or {}
         self.best = Record(**state.get("best", {}))
         self.plateau = Record(**state.get("plateau", {}))
@@ -52,9 +50,9 @@ class Progress:
             self.phase, self.plateau = phase, Record()
         before = self.best
         if self.metric:
-            self.best = self.best.after(*_value(self.metric, found, step))
+            self.best = self.best.after(*self._value(self.metric, found, step))
         if self.end.metric:
-            self.plateau = self.plateau.after(*_value(self.end.metric, found, step), self.end.min_delta)
+            self.plateau = self.plateau.after(*self._value(self.end.metric, found, step), self.end.min_delta)
         return self.best.step != before.step
 
     @property
@@ -67,24 +65,23 @@ class Progress:
         """Step of the best evaluation so far."""
         return self.best.step if self.best.value is not None else None
 
+    def _value(self, choice: str, found: Mapping[str, Mapping[str, float]], step: int) -> tuple[float, int, bool]:
+        name, metric, higher = chosen_metric(self.config, choice, "metric")
+        if metric not in found.get(name, {}):
+            has = ", ".join(found.get(name, {})) or "nothing"
+            raise RecipeError(f"{choice}: the evaluation of set {name!r} has no {metric}; it has {has}")
+        return found[name][metric], step, higher
+
     def info(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
         return {"best": asdict(self.best), "plateau": asdict(self.plateau), "phase": self.phase}
-
-
-def _value(metric: str, found: Mapping[str, Mapping[str, float]], step: int) -> tuple[float, int, bool]:
-    name, _, kind = metric.rpartition(".")
-    if kind not in found.get(name, {}):
-        has = ", ".join(found.get(name, {})) or "nothing"
-        raise RecipeError(f"{metric}: the evaluation of set {name!r} has no {kind}; it has {has}")
-    return found[name][kind], step, METRICS[kind]
 
 
 def check_progress(recipe: Recipe) -> None:
     """Raise RecipeError for a metric that no evaluation gives, and for an end that can never come."""
     for key, metric in (("eval.best", recipe.eval.best), ("end.metric", recipe.end.metric)):
         if metric:
-            _check_metric(key, metric, recipe.eval.sets)
+            chosen_metric(recipe.eval, metric, key)
     if not recipe.end.metric:
         return
     end, last = recipe.end, [*recipe.phases.values()][-1]
@@ -98,16 +95,4 @@ def check_progress(recipe: Recipe) -> None:
         raise RecipeError(
             f"end.metric={end.metric} can never end the run: its last phase has {last.steps:,} steps, and "
             f"{end.patience + 1} evaluations, one every eval.every={recipe.eval.every:,} steps, take more"
-        )
-
-
-def _check_metric(key: str, metric: str, sets: Iterable[str]) -> None:
-    name, _, kind = metric.rpartition(".")
-    known = list(sets)
-    if name not in known:
-        has = f"there are {', '.join(known)}" if known else "eval.sets is empty"
-        raise RecipeError(f"{key}={metric}: unknown set {name!r}{nearest(name, known)}; it is SET.METRIC, and {has}")
-    if kind not in METRICS:
-        raise RecipeError(
-            f"{key}={metric}: unknown metric {kind!r}{nearest(kind, list(METRICS))}; it is one of {', '.join(METRICS)}"
         )

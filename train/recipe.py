@@ -28,6 +28,7 @@ from train.config import Phase, Recipe
 from train.errors import RecipeError
 from train.parallel import ENGINES
 from train.progress import check_progress
+from train.suites.registry import check_sets
 from train.transcribe_check import check_transcriber
 from train.typed import build, nearest, paths
 from train.waveform_config import DECODER_PHASES
@@ -208,7 +209,7 @@ def _validate(recipe: Recipe) -> None:
     _one_of("engine.precision", recipe.engine.precision, ("fp32", "bf16"))
     _one_of("optim.schedule", recipe.optim.schedule, ("cosine", "wsd"))
     _one_of("log.wandb", recipe.log.wandb, ("off", "offline", "online"))
-    _one_of("eval.suite", recipe.eval.suite, ("asr",))
+    check_sets(recipe.eval)
     _one_of("carry", recipe.carry, ("weights", "optimizer"))
     try:
         recipe.data.validate()
@@ -250,6 +251,7 @@ def _validate(recipe: Recipe) -> None:
         "log.every": recipe.log.every,
         "loss.max_logits": recipe.loss.max_logits,
         "eval.max_new_tokens": recipe.eval.max_new_tokens,
+        "eval.batch_tokens": recipe.eval.batch_tokens,
     }
     for key, value in at_least_one.items():
         if value < 1:

@@ -31,10 +31,11 @@ from data.errors import BadSample, DataError
 from data.prompts import Prompt
 from data.tokenizer import Tokenizer
 from models.omni_config import OmniConfig
-from train.evaluate import Row, error_rows, some_of
+from train.evaluate import some_of
 from train.speaker_similarity import Likeness, Voices, embed
 from train.speech_set import SpeechSet, Utterance, keys_of, talker_ids
 from train.synthesis import Guesses, Speaking
+from train.word_errors import Row, error_rows
 
 KINDS = ("speech", "codec", "recording")  # the Talker's; the codec's of the recording; the recording
 GROUP = 16  # utterances that are spoken together

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 from train.config import Recipe
 from train.errors import RecipeError
+from train.suites import CHOOSE
+from train.suites.registry import suite_of
 from train.transcribe_config import TranscribeConfig
 
 
@@ -25,6 +27,9 @@ def _problems(recipe: Recipe) -> Iterator[str]:
         yield "set model.talker=null and model.code2wav=null"
     if model.vision is not None:
         yield "set model.vision=null"
+    for name in recipe.eval.sets:
+        if suite_of(recipe.eval, name).ASKS == CHOOSE:
+            yield f"eval.sets.{name} asks for the likelihood of choices; take a suite of answers"
     for name, phase in recipe.phases.items():
         if phase.speech != "off":
             yield f"phases.{name}.speech={phase.speech} has nobody to speak; leave it out"

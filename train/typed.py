@@ -67,8 +67,10 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if origin in (types.UnionType, typing.Union):
         if value is None:
             return None
-        (hint,) = [kind for kind in inner if kind is not type(None)]
-        return _convert(hint, value, path)
+        kinds = [kind for kind in inner if kind is not type(None)]
+        if len(kinds) > 1:  # settings, or their short form
+            kinds = [kind for kind in kinds if dataclasses.is_dataclass(kind) == isinstance(value, Mapping)]
+        return _convert(kinds[0], value, path)
     if dataclasses.is_dataclass(hint):
         return build(typing.cast(type, hint), value, f"{path}.")
     if origin is dict:

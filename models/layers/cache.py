@@ -40,6 +40,10 @@ class KVCache:
         self.lengths_N = self.lengths_N + 1
         self.longest += 1
 
+    def rewind(self, lengths_N: Tensor) -> None:
+        """Go back to where the documents had these lengths; what was stored after that is forgotten."""
+        self.lengths_N, self.longest = lengths_N, int(lengths_N.max()) if self.num_docs else 0
+
     def store(self, layer: int, k_TGC: Tensor, v_TGC: Tensor) -> None:
         """Put the forward's keys and values [T, G, C] in their places."""
         if self._layers[layer] is None:

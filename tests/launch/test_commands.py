@@ -63,7 +63,7 @@ def test_evaluate_gives_what_training_gave(run: Path, corpus: Path) -> None:
         (["suite=asr"], "give run=..."),
         (["run=nowhere"], "nowhere/recipe.yaml: no such file"),
         (["run=nowhere", "siute=asr"], "unknown argument 'siute', did you mean 'suite'?"),
-        (["run=RUN", "suite=translation"], "suite=translation: there is only asr"),
+        (["run=RUN", "suite=asrr"], "suite=asrr, did you mean 'asr'?; there is only asr, vqa, "),
         (["run=RUN", "checkpoint=RUN/checkpoints/step-00000099"], "step-00000099"),
         (["run=RUN", "shards=nowhere.tar"], "nowhere.tar: no such shard"),
     ],

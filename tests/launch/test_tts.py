@@ -263,6 +263,8 @@ def test_wrong_arguments_of_regression(made: Path, capsys, arguments: list[str],
 
 
 def test_other_suites(made: Path, capsys) -> None:
-    assert "suite=translation: there is only asr, tts, regression" in fails(made, capsys, suite="translation")
+    line = fails(made, capsys, suite="translation")
+    assert "suite=translation" in line
+    assert "there is only asr, vqa, caption, qa, long_qa, likelihood, text, tts, regression, lm_eval" in line
     assert guarded(evaluate, [f"run={made}/ear"]) == 0
     assert "heldout at step 3: word error rate, answers that are right" in capsys.readouterr().out

@@ -210,14 +210,17 @@ def go_on(engine: Engine, state: State) -> tuple[list[list[float]], list[str]]:
 
 def look(engine: Engine) -> dict[str, Any]:
     """Evaluation and greedy answers: sums over ranks, answers to this rank's documents. Rank 0 first has none."""
-    sums, answers = torch.zeros(3), []
+    sums, answers, nats = torch.zeros(3), [], []
     for parts in (((), (2, 6, 0)), ((1, 3), (4,))):
         mine = (*parts, (), ())[engine.shard.index] if engine.shard.count > 1 else parts[0] + parts[1]
         batch = pack(77, mine)
         seen = engine.eval_step(batch)
         sums += engine.shard.leads * torch.tensor([seen[key] for key in ("loss_sum", "targets", "correct")])
         answers += engine.generate(batch, 5, stop_id=1)
-    return {"sums": ranks.total(sums).tolist(), "answers": answers}
+        choices = [[[3, 7, index + 1], [5]] if index % 2 else [[9, 2], [4], [1, 2, 3, 4]] for index in mine]
+        chosen = engine.likelihoods(batch, choices)
+        nats += [[total, *found] for total, found in zip(engine.losses(batch), chosen, strict=True)]
+    return {"sums": ranks.total(sums).tolist(), "answers": answers, "nats": nats}
 
 
 def close(engine: Engine) -> None:

@@ -100,11 +100,15 @@ def test_order_is_the_given_one_where_it_can_be() -> None:
             [],
             "can never end the run: its last phase has 1,500 steps",
         ),
-        ("  a: {recipe: transcribe, set: {end: {metric: voices.wr}}}", [], "unknown metric 'wr', did you mean 'wer'?"),
+        (
+            "  a: {recipe: transcribe, set: {end: {metric: voices.wr}}}",
+            [],
+            "end.metric=voices.wr, did you mean 'voices.wer'?",
+        ),
         (
             "  a: {recipe: transcribe, set: {eval: {best: voice.wer}}}",
             [],
-            "unknown set 'voice', did you mean 'voices'?",
+            "eval.best=voice.wer, did you mean 'voices.wer'?",
         ),
         (
             "  a: {recipe: transcribe, set: {phases: {x: {steps: 5, tokens: 9000}}}}",

@@ -93,6 +93,14 @@ def test_evaluation_equals_local(name: str, local: dict[str, Any], sharded: list
     assert first["sums"] == second["sums"]
     # documents of the first batch are all on rank 1; of the second, two are on rank 0
     assert second["answers"][:3] + first["answers"] + second["answers"][3:] == local["look"]["answers"]
+    for found, expected in zip(
+        second["nats"][:3] + first["nats"] + second["nats"][3:], local["look"]["nats"], strict=True
+    ):
+        assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_losses_of_documents_are_those_of_the_batch(local: dict[str, Any]) -> None:
+    assert sum(found[0] for found in local["look"]["nats"]) == pytest.approx(local["look"]["sums"][0], rel=1e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -78,10 +78,14 @@ def test_evaluation_equals_local(
 ) -> None:
     found = found_by_rank(name, two, four)
     answers: dict[int, Any] = {}
+    nats = {each["shard"][0]: each["look"]["nats"] for each in found}
     for each in found:
         assert_close(each["look"]["sums"], local["look"]["sums"])
         index, count = each["shard"]
         assert answers.setdefault(index, each["look"]["answers"]) == each["look"]["answers"], "replicas disagree"
+    whole = nats[0] if count == 1 else nats[1][:3] + nats[0] + nats[1][3:]
+    for mine, expected in zip(whole, local["look"]["nats"], strict=True):
+        assert mine == pytest.approx(expected, rel=1e-5)
     if count == 1:
         assert answers[0] == local["look"]["answers"]
     else:  # as the documents are dealt by engine_cases.look

@@ -17,7 +17,8 @@ from tests.data.corpus_kit import spoken, tokenizer, written
 from tests.data.layouts import layout_of
 from train.config import EvalConfig
 from train.engines import Shard
-from train.evaluate import Evaluator, normalise
+from train.evaluate import Evaluator
+from train.word_errors import normalise
 
 
 @pytest.mark.parametrize(
@@ -48,8 +49,9 @@ class Parrot:
         assert stop_id == self.words.id("<|im_end|>")
         return [self.words.encode(self.answers[key.split(":")[1]])[:max_new_tokens] for key in batch.keys]
 
-    def eval_step(self, batch):
-        return {"loss_sum": 2.0 * len(batch.keys), "targets": 8.0 * len(batch.keys), "correct": 0.0}
+    def losses(self, batch):
+        counts = [(labels_S >= 0).sum().item() for labels_S in batch.labels_T.split(list(batch.doc_lengths))]
+        return [0.25 * count for count in counts]
 
 
 def make_set(folder: Path) -> PromptSet:
@@ -68,14 +70,17 @@ def test_report_counts_by_language(tmp_path: Path) -> None:
     engine = Parrot({"a": "one two four", "b": "One two!", "c": "四狗", "d": "hello big world"})
     config = EvalConfig(batch_tokens=40, max_new_tokens=30)
     (report,) = Evaluator(config, {"mine": make_set(tmp_path / "s")}, tokenizer()).reports(engine, 7)  # type: ignore[arg-type]
-    rows = {row.group: row for row in report.rows}
+    rows = {row.group: {**row.counts, **row.values} for row in report.tables["language"]}
     assert engine.batches > 1, "a limit of 40 prompt tokens must part the samples"
-    assert rows["en"].wer == pytest.approx(1 / 5) and rows["en"].substitutions == 1
-    assert rows["zh"].wer == pytest.approx(1 / 3) and rows["zh"].deletions == 1
-    assert rows["de"].wer == pytest.approx(1 / 2) and rows["de"].insertions == 1
-    assert report.wer == pytest.approx(3 / 10) and report.num_words == 10 and rows["all"].num_samples == 4
+    assert rows["en"]["wer"] == pytest.approx(1 / 5) and rows["en"]["substitutions"] == 1
+    assert rows["zh"]["wer"] == pytest.approx(1 / 3) and rows["zh"]["deletions"] == 1
+    assert rows["de"]["wer"] == pytest.approx(1 / 2) and rows["de"]["insertions"] == 1
+    found = report.metrics
+    assert found["wer"] == pytest.approx(3 / 10) and found["words"] == 10 and report.all.num_samples == 4
+    assert found["cer"] == pytest.approx((5 + 1 + 3) / (11 + 6 + 3 + 10)), "three to four, a sign, and big"
     saved = json.loads(report.write(tmp_path / "eval", 7).read_text())
-    assert saved["wer"] == report.wer and len(saved["examples"]) == 4
+    assert saved["wer"] == found["wer"] and saved["rows"][-1]["group"] == "all" and len(saved["examples"]) == 4
+    assert saved["rows"][-1]["insertions"] == 1 and saved["rows"][-1]["accuracy"] == 0.25
     assert saved["examples"][0]["reference"] == "one two three"
     assert "zh" in report.table() and "30.0%" in report.table()
 
@@ -96,7 +101,7 @@ def test_a_damaged_clip_is_counted_not_hidden(tmp_path: Path) -> None:
     tar.write_bytes(data)
     engine = Parrot({"a": "x", "b": "one two", "c": "四只狗", "d": "hello world"})
     (report,) = Evaluator(EvalConfig(max_new_tokens=30), {"s": prompts}, tokenizer()).reports(engine, 0)  # type: ignore[arg-type]
-    assert report.rows[-1].num_samples == 3 and report.wer == 0
+    assert report.all.num_samples == 3 and report.metrics["wer"] == 0
     assert len(report.skipped) == 1 and ":a: " in report.skipped[0] and "crc32" in report.skipped[0]
     assert "1 samples could not be used" in report.table()
 
@@ -111,9 +116,9 @@ def test_report_counts_by_source(tmp_path: Path) -> None:
     prompts = PromptSet(Reader(corpus, tokenizer(), seed=0, layout=layout_of(tokenizer())))
     engine = Parrot({"a": "Red.", "b": "red", "c": "a red bell"})
     (report,) = Evaluator(EvalConfig(max_new_tokens=30), {"s": prompts}, tokenizer()).reports(engine, 0)  # type: ignore[arg-type]
-    found = {row.group: (row.num_samples, row.num_right, row.accuracy) for row in report.sources}
-    assert found == {"pictures": (2, 1, 0.5), "sounds": (1, 0, 0.0)}
-    assert report.rows[-1].accuracy == pytest.approx(1 / 3) and report.loss is None
+    found = {row.group: (row.num_samples, row.values["accuracy"]) for row in report.tables["source"]}
+    assert found == {"pictures": (2, 0.5), "sounds": (1, 0.0)}
+    assert report.metrics["accuracy"] == pytest.approx(1 / 3) and report.loss is None
     saved = json.loads(report.write(tmp_path / "eval", 0).read_text())
     assert [row["accuracy"] for row in saved["sources"]] == [0.5, 0.0]
     assert "pictures" in report.table() and "50.0%" in report.table()
@@ -128,7 +133,9 @@ def test_documents_have_a_loss(tmp_path: Path) -> None:
     prompts = PromptSet(Reader(corpus, tokenizer(), seed=0, layout=layout_of(tokenizer())))
     evaluator = Evaluator(EvalConfig(batch_tokens=40, max_new_tokens=9), {"s": prompts}, tokenizer())
     (report,) = evaluator.reports(Parrot({"q": "hello"}), 0)  # type: ignore[arg-type]
-    assert (report.loss, report.num_targets) == (0.25, 40) and report.rows[-1].num_samples == 1
-    assert "documents: 0.2500 nats a token, over 40 tokens" in report.table()
-    whole = prompts.whole(prompts.documents.tolist())
-    assert len(whole.doc_lengths) == 5 and (whole.labels_T != -100).sum() >= 5 * 17
+    whole, read = prompts.load(prompts.documents.tolist(), whole=True)
+    targets = int((whole.labels_T != -100).sum())
+    assert len(read) == len(whole.doc_lengths) == 5 and targets >= 5 * 17
+    assert (report.loss, report.num_targets) == (0.25, targets) and report.all.num_samples == 1
+    assert f"documents: 0.2500 nats a token, over {targets} tokens" in report.table()
+    assert evaluator.metrics("s") == {"wer": False, "cer": False, "accuracy": True, "loss": False}

@@ -97,6 +97,17 @@ class Engine(Protocol):
         """Greedy continuation of every document of a batch of prompts. Collective."""
         ...
 
+    def losses(self, batch: Batch) -> list[float]:
+        """Cross-entropy of each document's targets, summed, nats, without gradients. Collective."""
+        ...
+
+    def likelihoods(self, batch: Batch, choices: Sequence[Sequence[Sequence[int]]]) -> list[list[float]]:
+        """Log-probability, summed over tokens, nats, of each document's choices as its continuation. Collective.
+
+        `batch` holds prompts, `choices` the token ids of each choice of each of them.
+        """
+        ...
+
     def fragments(self) -> Iterator[Fragment]:
         """Name, range, fp32 weight and moments of what this rank owns. No communication."""
         ...

@@ -38,6 +38,7 @@ from data.types import Batch
 from train import ranks
 from train.encoders import SharedEncoding
 from train.engines import MOMENTS, VALUE, WEIGHT, Fragment, Shard, StateReader, StepStats, autoep
+from train.engines.scoring import Scoring
 from train.engines.setup import (
     AnyObjective,
     EngineSetup,
@@ -79,7 +80,7 @@ class _Initial:
         return self.weights[name].view(-1)[start : start + length]
 
 
-class DeepSpeedEngine:
+class DeepSpeedEngine(Scoring):
     """Implements train.engines.Engine. Every method but `fragments` is collective."""
 
     def __init__(self, setup: EngineSetup) -> None:

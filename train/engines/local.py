@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from data.types import Batch
 from train import ranks
 from train.engines import MOMENTS, VALUE, WEIGHT, Fragment, Shard, StateReader, StepStats
+from train.engines.scoring import Scoring
 from train.engines.setup import (
     EngineSetup,
     continue_greedily,
@@ -29,7 +30,7 @@ from train.loss import balance_losses, next_share, weighted
 from train.optim import set_lr
 
 
-class LocalEngine:
+class LocalEngine(Scoring):
     """Implements train.engines.Engine in one process."""
 
     def __init__(self, setup: EngineSetup) -> None:

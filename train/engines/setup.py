@@ -185,14 +185,17 @@ def starts_anew(state: StateReader, name: str) -> bool:
     return name.startswith(LEFT_OUT) and not state.kinds(name)
 
 
+def read_whole(objective: AnyObjective, batch: Batch) -> tuple[Tensor, Tensor, Any]:
+    """Last states of what reads a batch, the labels beside them, and its head."""
+    if isinstance(objective, TranscribeObjective):
+        return *objective.read(replace(batch, windows=())), objective.transcriber.audio_decoder.head
+    hidden_TD, _ = objective.thinker(*inputs_of(batch), **pictures_of(batch))
+    return hidden_TD, batch.labels_T, objective.thinker.lm_head
+
+
 def sums_of_eval(objective: AnyObjective, batch: Batch) -> Mapping[str, float]:
     """Sums over a batch: `loss_sum`, `targets`, `correct` (most likely token right)."""
-    if isinstance(objective, TranscribeObjective):
-        hidden_TD, labels_T = objective.read(replace(batch, windows=()))
-        lm_head: Any = objective.transcriber.audio_decoder.head
-    else:
-        (hidden_TD, _), labels_T = objective.thinker(*inputs_of(batch), **pictures_of(batch)), batch.labels_T
-        lm_head = objective.thinker.lm_head
+    hidden_TD, labels_T, lm_head = read_whole(objective, batch)
     index_N = (labels_T != IGNORE).nonzero().squeeze(1)
     head = partial(_loss_and_right, target_N=labels_T.index_select(0, index_N), most=objective.max_logits)
     loss, right = lm_head(hidden_TD.index_select(0, index_N), head).tolist()

@@ -1,7 +1,9 @@
 """What evaluation asks: sums over a batch, and greedy answers.
 
     batch   --stages, forward--> last stage: sums           --pipeline group--> every rank
+    batch   --stages, forward--> last stage: sums of each document --> every rank
     prompts --stages, forward--> a token a document --> the whole pack again, a token longer --> ...
+    prompts --with the first choice, with the second, ...--> sums of each document
 
 There are no caches of keys and values across stages: an answer of N tokens costs N forwards of its whole prompt, media
 encoded once. That is meant for the short answers of evaluation inside training; export the weights, or go on under
@@ -37,6 +39,46 @@ def sums_of(passes: Passes, batch: Batch) -> dict[str, float]:
             dist.all_reduce(found, group=passes.peers.cp)
     loss, right = passes.share_last(found).tolist()
     return {"loss_sum": loss, "targets": float((batch.labels_T != IGNORE).sum()), "correct": right}
+
+
+@torch.no_grad()
+def losses_of(passes: Passes, batch: Batch, features: Features | None = None) -> tuple[list[float], Features | None]:
+    """Cross-entropy of each document's targets, nats; and what was made of the media. Collective."""
+    (pack,) = passes.packs([batch], "documents")
+    pack.features = features
+    passes.think([pack], None)
+    sums = torch.zeros(len(batch.doc_lengths), dtype=torch.float64, device=batch.token_ids_T.device)
+    if pack.found is not None:
+        sums = pack.found
+        if passes.peers.cp.size() > 1:
+            dist.all_reduce(sums, group=passes.peers.cp)
+    return passes.share_last(sums).tolist(), pack.features
+
+
+@torch.no_grad()
+def likelihoods_of(
+    passes: Passes, batch: Batch, choices: Sequence[Sequence[Sequence[int]]], rounds: int
+) -> list[list[float]]:
+    """Log-probability of each choice of each document, in as many passes as every rank makes. Collective."""
+    found: list[list[float]] = [[] for _ in choices]
+    features = None
+    for turn in range(rounds):
+        these = [document[turn] if turn < len(document) else document[-1] for document in choices]
+        sums, features = losses_of(passes, _asking(batch, these), features)
+        for own, document, nats in zip(found, choices, sums, strict=True):
+            own.extend([-nats] * (turn < len(document)))
+    return found
+
+
+def _asking(batch: Batch, these: Sequence[Sequence[int]]) -> Batch:
+    """The prompts with a choice behind each, whose tokens are the only targets."""
+    extended = _extended(batch, these)
+    labels_T = torch.full_like(extended.token_ids_T, IGNORE)
+    end = 0
+    for length, choice in zip(extended.doc_lengths, these, strict=True):
+        end += length
+        labels_T[end - len(choice) - 1 : end - 1] = extended.token_ids_T[end - len(choice) : end]
+    return replace(extended, labels_T=labels_T)
 
 
 @torch.no_grad()

@@ -43,6 +43,7 @@ from train.engines.megatron.layout import Peers, stage_of
 from train.engines.megatron.passes import Passes
 from train.engines.megatron.state import State, own_parts
 from train.engines.megatron.waveform import Alone, WavePasses, undivided
+from train.engines.scoring import most_of_all
 from train.engines.setup import (
     AnyObjective,
     Drawn,
@@ -229,6 +230,19 @@ class MegatronEngine:
                 return continue_greedily(self.objective, batch, *limits)
             assert isinstance(self.passes, Passes), "a phase of the waveform decoder evaluates nothing"
             return answers.continue_greedily(self.passes, self.setup.thinker, batch, *limits)
+
+    def losses(self, batch: Batch) -> list[float]:
+        """See train.engines.Engine."""
+        assert isinstance(self.passes, Passes), "a phase of the waveform decoder evaluates nothing"
+        with self._megatron(), self._evaluating():
+            return answers.losses_of(self.passes, batch.to(self.device))[0]
+
+    def likelihoods(self, batch: Batch, choices: Sequence[Sequence[Sequence[int]]]) -> list[list[float]]:
+        """See train.engines.Engine."""
+        assert isinstance(self.passes, Passes), "a phase of the waveform decoder evaluates nothing"
+        (rounds,) = most_of_all([max(map(len, choices), default=0)])
+        with self._megatron(), self._evaluating():
+            return answers.likelihoods_of(self.passes, batch.to(self.device), choices, rounds)
 
     @contextlib.contextmanager
     def _evaluating(self) -> Iterator[None]:

@@ -116,7 +116,8 @@ class ThinkerPack:
     cut: Cut
     tokens: Tokens
     purpose: str = "loss"
-    """loss; sums: loss and right answers; last: hidden states of the documents' last tokens; tap: the tapped alone."""
+    """loss; sums: loss and right answers; documents: loss of each; last: hidden states of the documents' last tokens;
+    tap: the tapped alone."""
     features: Features | None = None  # of its media, where they were encoded before
     text_ids_X: Tensor | None = None  # the Talker's text, where its gradient reaches the embedding
     text_grad_XH: Tensor | None = None

@@ -169,6 +169,14 @@ class Head(nn.Module):
         return whole.t()
 
     @torch.no_grad()
+    def document_losses(self, hidden_SD: Tensor, labels_S: Tensor, documents_S: Tensor, count: int) -> Tensor:
+        """Cross-entropy of the targets of each of `count` documents, summed, float64."""
+        index_N = (labels_S != IGNORE).nonzero().squeeze(1)
+        losses_N = -self.logprobs(hidden_SD.index_select(0, index_N), labels_S.index_select(0, index_N)).double()
+        sums = torch.zeros(count, dtype=torch.float64, device=labels_S.device)
+        return sums.index_add(0, documents_S[index_N], losses_N)
+
+    @torch.no_grad()
     def sums(self, hidden_SD: Tensor, labels_S: Tensor) -> Tensor:
         """Sum of the cross-entropy, and targets that are the likeliest words, float64 [2]."""
         index_N = (labels_S != IGNORE).nonzero().squeeze(1)

@@ -121,6 +121,12 @@ class ThinkerStage(Stage):
         if pack.purpose == "sums":
             pack.found = self.head.sums(hidden_SD, labels_S)
             return x
+        if pack.purpose == "documents":
+            lengths = torch.tensor(pack.cut.lengths(pack.batch.doc_lengths), device=x.device)
+            documents_P = torch.repeat_interleave(torch.arange(len(lengths), device=x.device), lengths)
+            count = len(pack.batch.doc_lengths)  # padding, a document of its own, has no targets
+            pack.found = self.head.document_losses(hidden_SD, labels_S, documents_P[pack.cut.rows_S], count)
+            return x
         assert share is not None
         losses_K = self.head(hidden_SD, labels_S).unsqueeze(0)
         pack.losses_K = losses_K.detach() * (pack.cut.peers.tp.rank() == 0)
@@ -141,8 +147,8 @@ class ThinkerStage(Stage):
         if features is None:
             media = Media(batch.mel_FM.to(x.dtype), batch.mel_lengths, batch.pixels_PX.to(x.dtype), batch.grids)
             features = self.encoders(media)
-        if pack.purpose == "last":
-            pack.features = features  # generation asks again with the same media
+        if pack.purpose in ("last", "documents"):
+            pack.features = features  # generation, and every choice, asks again with the same media
         context = None
         places, which = cut.places_here((ids_P == config.audio_token_id).nonzero().squeeze(1))
         x = x.index_copy(0, places, features.audio_TD.index_select(0, which).to(x.dtype).unsqueeze(1))
