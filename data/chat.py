@@ -32,11 +32,14 @@ class Run(NamedTuple):
         self.learned.extend([learn] * len(ids))
 
 
-def render(record: SampleRecord, tokenizer: Tokenizer, prompt_only: bool = False) -> list[Run | Medium]:
+def render(
+    record: SampleRecord, tokenizer: Tokenizer, prompt_only: bool = False, last_only: bool = False
+) -> list[Run | Medium]:
     """Text runs and media of a record in turn: a run first, one after each medium, empty where there is no text.
 
     With `prompt_only` a conversation's last assistant turn is left out and the ids end in "<|im_start|>assistant\\n",
-    ready for generation; a document goes without its end. Raises BadSample where the record has nothing to prompt.
+    ready for generation; a document goes without its end. With `last_only` no answer but the last carries loss.
+    Raises BadSample where the record has nothing to prompt.
     """
     if record.segments:
         return _render_document(record, tokenizer, prompt_only)
@@ -45,8 +48,9 @@ def render(record: SampleRecord, tokenizer: Tokenizer, prompt_only: bool = False
         messages = messages[:-1]
     pieces: list[Run | Medium] = [Run([], [])]
     newline, start, end = tokenizer.encode("\n"), tokenizer.id(IM_START), tokenizer.id(IM_END)
-    for message in messages:
-        learn = message["role"] == "assistant" and message.get("loss", True)
+    last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=-1)
+    for i, message in enumerate(messages):
+        learn = message["role"] == "assistant" and message.get("loss", True) and (i == last or not last_only)
         _last(pieces).extend([start], False)
         _render_turn(message, learn, tokenizer, pieces)
         _last(pieces).extend([end], learn)

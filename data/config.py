@@ -34,6 +34,8 @@ class DataConfig:
     too_long: str = "error"
     """A sample above sequence_length: "error" stops before training; "drop" leaves it out, counted by source; "split"
     cuts documents into pieces (data/split.py says where) and drops conversations."""
+    learn: str = "all"
+    """Answers that carry loss: "all" of a conversation's but those that say otherwise, or only the "last"."""
     mixture: Mixture | None = None
     """Shares of sources and languages (data/mixture.py); without one, every sample comes once an epoch."""
     max_bad_samples: int = 100
@@ -74,6 +76,8 @@ class DataConfig:
                 raise DataError(f"data.{name}={getattr(self, name)}: must be 0 or more")
         if self.too_long not in ("error", "drop", "split"):
             raise DataError(f'data.too_long={self.too_long}: must be "error", "drop" or "split"')
+        if self.learn not in ("all", "last"):
+            raise DataError(f'data.learn={self.learn}: must be "all" or "last"')
         if not self.speeds or not all(0.5 <= speed <= 2.0 for speed in self.speeds):
             raise DataError(f"data.speeds={list(self.speeds)}: must be one or more factors between 0.5 and 2")
         check_sizes(self.image, self.video)

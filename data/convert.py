@@ -3,6 +3,9 @@
     python -m data.convert manifest FILE.jsonl OUT           our own: {"audio" | "image" | "video": path, "text": ...}
     python -m data.convert llava    FILE.json OUT            {"conversations": [...], "image": path}
     python -m data.convert swift    FILE.jsonl OUT           {"messages": [...], "images": [path, ...]}
+    python -m data.convert openai   FILE.jsonl OUT           {"messages": [{"role", "content": text or parts}]}
+    python -m data.convert sharegpt FILE.json OUT            {"conversations": [{"from", "value"}, ...]}
+    python -m data.convert alpaca   FILE.json OUT            {"instruction": ..., "input": ..., "output": ...}
     python -m data.convert hf       FOLDER_OR_PARQUET OUT    datasets' save_to_disk; Parquet
     python -m data.convert kaldi    FOLDER OUT               text, wav.scp, segments
     python -m data.convert lhotse   CUTS_OR_FOLDER OUT
@@ -45,6 +48,9 @@ KINDS = {
     "manifest": "JSONL, a sample a line, with paths of media files",
     "llava": "JSON or JSONL of conversations in the style of LLaVA and ShareGPT",
     "swift": "JSONL in the style of ms-swift",
+    "openai": "JSONL of messages as OpenAI's and Qwen's APIs take them, media in parts of the content",
+    "sharegpt": "JSON or JSONL of conversations in the style of ShareGPT",
+    "alpaca": "JSON or JSONL of instruction, input and output",
     "hf": "a folder written by datasets' save_to_disk; Parquet: a file, a folder or a pattern",
     "kaldi": "a Kaldi folder with text and wav.scp",
     "lhotse": "Lhotse's cuts, or a folder with recordings and supervisions",
@@ -107,6 +113,9 @@ def read_source(options: argparse.Namespace) -> Mapping[str, Source]:
         "manifest": Manifest(common),
         "llava": Chat(common),
         "swift": Chat(common, in_front=True),
+        "openai": Chat(common, in_front=True),
+        "sharegpt": Chat(common, in_front=True),
+        "alpaca": Chat(common, in_front=True),
         "nemo": Nemo(common),
     }
     return {"train": LineSource("train", [path], [stem], parsers[options.kind], keyed=options.kind == "manifest")}

@@ -78,10 +78,9 @@ class Use(NamedTuple):
 class Maker:
     """Makes documents. Holds no state."""
 
-    def __init__(self, tokenizer: Tokenizer, layout: Layout, limits: MediaLimits) -> None:
-        self.tokenizer = tokenizer
-        self.layout = layout
-        self.limits = limits
+    def __init__(self, tokenizer: Tokenizer, layout: Layout, limits: MediaLimits, last_only: bool = False) -> None:
+        """`last_only`: of a conversation, the last answer alone carries loss."""
+        self.tokenizer, self.layout, self.limits, self.last_only = tokenizer, layout, limits, last_only
 
     def document(
         self,
@@ -97,7 +96,7 @@ class Maker:
         `samples` is what the index says of each medium's audio. `hear` makes float32 [F, M] of a waveform [S] and the
         number of its medium. Raises BadSample where a medium cannot be decoded or is not what the index says.
         """
-        rendered = render(record, self.tokenizer, prompt_only)
+        rendered = render(record, self.tokenizer, prompt_only, self.last_only)
         desk = Desk(self.layout, self.limits, record.media, samples, hear)
         uses = whole(rendered) if piece is None else _pieced(rendered, piece)
         return desk.document(record.key, [item if isinstance(item, Run) else desk.take(item) for item in uses])

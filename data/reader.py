@@ -59,10 +59,12 @@ class Reader:
         augment: Augment | None = None,
         sequence_length: int = 0,
         windows: tuple[int, int] | None = None,
+        last_only: bool = False,
     ) -> None:
         """`layout` is the model's. `sequence_length` is the plan's, needed where it splits documents.
 
         `windows`: seconds from which each clip's attention window is drawn for training; prompts have none drawn.
+        `last_only`: of a conversation, the last answer alone carries loss.
         """
         self.corpus = corpus
         self.tokenizer = tokenizer
@@ -73,7 +75,7 @@ class Reader:
         self.sequence_length = sequence_length
         self.windows = windows
         self.sizing = Sizing(layout, self.limits.image, self.limits.sampling)
-        self._maker = Maker(tokenizer, layout, self.limits)
+        self._maker = Maker(tokenizer, layout, self.limits, last_only)
         self._records: Records | None = None
 
     def of_records(self, records: Records) -> Self:

@@ -1,8 +1,14 @@
-"""Rows of JSON about media files: our own manifests, and conversations in the style of LLaVA, ShareGPT and ms-swift.
+"""Rows of JSON about media files: our own manifests, and conversations as finetuning sets have them.
 
     {"audio": "a.flac", "text": "..."} | {"messages": [...]} | {"segments": [...]}              Manifest
     {"conversations": [{"from": "human", "value": "<image>..."}, ...], "image": "a.jpg"}        Chat
     {"messages": [{"role": "user", "content": "<image>..."}, ...], "images": ["a.jpg"]}         Chat(in_front=True)
+    {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": ..}}, ..]}, ..]}    the same
+    {"instruction": "...", "input": "...", "output": "..."}                                                   the same
+
+LLaVA, ShareGPT, Qwen, Alpaca, ms-swift and OpenAI's messages are all read by Chat. Whether an answer is learnt is said
+in its turn: "loss", "loss_scale" or OpenAI's "weight", 0 or 1. Other turns never are. Qwen's older files name a file in
+the text, <img>a.jpg</img>, which is the same as a tag and the file.
 
 The tags <image>, <video> and <audio> stand where the media belong; the n-th tag of a kind is its n-th file. Where there
 are more tags than files, or fewer, the row is left out; with `in_front`, files without a tag come before the first turn
@@ -19,11 +25,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from data.errors import BadSample
+from data.inline_media import as_address, place_in
 from data.sample import EXTENSIONS, check_messages, check_segments
 from data.sources import Common, Item, Media, asked
 
 _TAG = re.compile(r"<(image|video|audio)>")
+_NAMED = re.compile(r"<(img|audio|video)>([^<>\n]{1,1000})</\1>")
+_FIELDS = {"image_url": "image", "input_image": "image", "video_url": "video", "audio_url": "audio"}
+_FIELDS |= {"input_audio": "audio"}  # of parts: the field with the file -> its kind
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
+_ROLES |= {"developer": "system"}
 _FILES = {
     "image": ("image", "images"),
     "video": ("video", "videos"),
@@ -117,7 +128,7 @@ class Chat:
         files = {
             kind: [_path(file) for name in names for file in _list(row.get(name))] for kind, names in _FILES.items()
         }
-        messages = conversation(turns_of(row), files, media.part, self.in_front)
+        messages = conversation(turns_of(row), files, place_in(media), self.in_front)
         if row.get("objects") and re.search("<bbox>|<ref-object>", json.dumps(messages)):
             raise BadSample("objects: boxes in the text have no place in a sample")
         known = {*_TURNS, *_OLD, *_ABOUT, *(name for names in _FILES.values() for name in names)}
@@ -156,7 +167,8 @@ def conversation(
     waiting = {kind: deque(given) for kind, given in files.items()}
     first: list[dict[str, Any]] = []
     if in_front:
-        tags = _TAG.findall("".join(turn["content"] for turn in turns if isinstance(turn["content"], str)))
+        texts = "".join(turn["content"] for turn in turns if isinstance(turn["content"], str))
+        tags = _TAG.findall(_NAMED.sub("", texts))
         for kind in ("video", "audio", "image"):
             missing = len(waiting.get(kind, ())) - tags.count(kind) - _untagged(turns, kind)
             first += [place(kind, waiting[kind].popleft()) for _ in range(missing)]
@@ -180,26 +192,33 @@ def conversation(
 
 
 def _with_media(text: str, waiting: Mapping[str, deque], place: Place) -> str | list[dict[str, Any]]:
-    pieces = _TAG.split(text)  # text, kind, text, kind, ..., text
-    if len(pieces) == 1:
-        return text
+    named = _NAMED.split(text)  # text, kind, path, text, kind, path, ..., text
     parts = []
-    for i, piece in enumerate(pieces):
-        if i % 2:
-            parts.append(_next(piece, waiting, place))
-        elif piece:
-            parts.append({"type": "text", "text": piece})
-    return parts
+    for i in range(0, len(named), 3):
+        pieces = _TAG.split(named[i])  # text, kind, text, kind, ..., text
+        for j, piece in enumerate(pieces):
+            if j % 2:
+                parts.append(_next(piece, waiting, place))
+            elif piece:
+                parts.append({"type": "text", "text": piece})
+        if i + 1 < len(named):
+            parts.append(place("image" if named[i + 1] == "img" else named[i + 1], named[i + 2].strip()))
+    return text if all(part["type"] == "text" for part in parts) else parts
 
 
 def _open_part(part: Any, waiting: Mapping[str, deque], place: Place) -> list[dict[str, Any]]:
-    """Parts in the style of chat APIs: {"type": "image"}, {"type": "image", "image": path}, {"type": "text", ...}."""
+    """Parts as chat APIs have them: {"type": "image"}, {"type": "image", "image": path}, {"type": "image_url", ...}."""
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind == "text" and isinstance(part.get("text"), str):
         content = _with_media(part["text"], waiting, place)
         return [{"type": "text", "text": content}] if isinstance(content, str) else content
-    if kind == "image_url" and isinstance(part.get("image_url"), Mapping):
-        return [place("image", part["image_url"].get("url"))]
+    if kind in _FIELDS and part.get(kind):
+        return [place(_FIELDS[kind], as_address(_FIELDS[kind], part[kind]))]
+    if kind in _FIELDS and part.get("image_url"):  # {"type": "input_image", "image_url": ...}
+        return [place(_FIELDS[kind], as_address(_FIELDS[kind], part["image_url"]))]
+    if kind in ("input_text", "output_text") and isinstance(part.get("text"), str):
+        part = {"type": "text", "text": part["text"]}
+        return _open_part(part, waiting, place)
     if kind == "speech":
         return [place(kind, _path(part.get(kind))) | _flags(part)]
     if kind not in EXTENSIONS:
@@ -222,7 +241,7 @@ def _untagged(turns: Sequence[Mapping[str, Any]], kind: str) -> int:
         if isinstance(part, Mapping) and part.get("type") == kind:
             count += not (part.get(kind) or part.get("path") or part.get("url"))
         elif isinstance(part, Mapping) and isinstance(part.get("text"), str):
-            count += _TAG.findall(part["text"]).count(kind)
+            count += _TAG.findall(_NAMED.sub("", part["text"])).count(kind)
     return count
 
 
@@ -242,7 +261,7 @@ def _old_turns(row: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _loss(turn: Mapping[str, Any], role: Any) -> dict[str, bool]:
     """Whether a turn is learnt, where it says so."""
-    for name in ("loss", "loss_scale"):
+    for name in ("loss", "loss_scale", "weight"):
         flag = turn.get(name)
         if flag is None:
             continue

@@ -3,6 +3,8 @@
     python -m launch.convert check  model=qwen3_omni_30b_a3b | FOLDER
     python -m launch.convert import from=FOLDER to=FOLDER
     python -m launch.convert export from=FOLDER|RUN to=FOLDER [part=all|thinker|talker] [checkpoint=latest]
+    python -m launch.convert export from=RUN to=FOLDER adapter=true [part=all|thinker]
+    python -m launch.convert merge  from=FOLDER adapter=FOLDER to=FOLDER
     python -m launch.convert init   to=FOLDER model=NAME [text=FOLDER] [vision=FOLDER] [audio=FOLDER]
                                     [tokenizer=FOLDER] [seed=0]
 
@@ -15,6 +17,8 @@ import  any folder that transformers writes (models/hf.py names the layouts) int
 export  from such a folder, or from a run's checkpoint, a folder for transformers: all that is there, the Thinker alone,
         or the Talker alone, whose experts are fused because transformers fails to fuse them there. A run's weights are
         fp32 unless dtype=bf16 is given; its tokenizer is saved beside them.
+        Adapters of a run with `lora` are merged into its weights; adapter=true writes them alone, in peft's format.
+merge   an adapter in peft's format into the weights of a folder.
 init    see launch/sources.py.
 
 Without `dtype` tensors of a folder have the dtype that its config.json names; one that it cannot hold exactly is an
@@ -25,7 +29,6 @@ Only safetensors are read: pickled weights (.bin) never are.
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -35,6 +38,7 @@ from typing import Any
 import torch
 
 from data.tokenizer import ENDOFTEXT, IM_END, Tokenizer, load_tokenizer
+from launch.adapters import merged, write_adapter
 from launch.arguments import guarded, parse
 from launch.released import (
     KINDS,
@@ -48,7 +52,6 @@ from launch.released import (
 )
 from launch.sources import initial_weights, with_tokens_of
 from launch.weights import (
-    MAX_JSON_BYTES,
     PRECISION,
     Weight,
     check_lossless,
@@ -61,28 +64,17 @@ from launch.weights import (
 from models.config import ThinkerConfig, TranscriberConfig
 from models.hf import released_pieces
 from models.hf_config import TALKER, THINKER, omni_to_released, to_released_config
+from models.lora import is_lora
 from models.omni_config import OmniConfig, TalkerConfig
-from train.checkpoint import CheckpointReader, choose
+from train.adapter import open_adapter
+from train.checkpoint import CheckpointReader, Manifest, choose
 from train.errors import CheckpointError, RecipeError
+from train.finetune import BASE, copy_beside
+from train.lora_config import LoraConfig
 from train.main import model_config
 from train.recipe import load_saved
 from train.typed import nearest
 
-# Copied as they are from folder to folder, where they exist.
-BESIDE = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "merges.txt",
-    "added_tokens.json",
-    "special_tokens_map.json",
-    "chat_template.json",
-    "chat_template.jinja",
-    "preprocessor_config.json",
-    "video_preprocessor_config.json",
-    "processor_config.json",
-)
 _WRITING = {"from": None, "to": None, "dtype": "", "max_file_gb": "5"}
 
 
@@ -109,22 +101,57 @@ def import_(argv: Sequence[str]) -> None:
     _no_more(rest)
     source = Path(given["from"])
     released = open_released(source)
-    _write(given, released, released.config_json, released.weights, partial(_copy_beside, source))
+    _write(given, released, released.config_json, released.weights, partial(copy_beside, source))
 
 
 def export(argv: Sequence[str]) -> None:
     """A folder of weights, or a run, for transformers."""
-    given, rest = parse(argv, {**_WRITING, "part": "all", "checkpoint": "latest"})
+    given, rest = parse(argv, {**_WRITING, "part": "all", "checkpoint": "latest", "adapter": "false"})
+    if given["adapter"] not in ("true", "false"):
+        raise RecipeError(f"adapter={given['adapter']}: it is true or false")
     if given["part"] not in ("all", "thinker", "talker"):
         raise RecipeError(f"part={given['part']}: it is all, thinker or talker")
     source = Path(given["from"])
+    if given["adapter"] == "true":
+        _export_adapter(given, rest)
+        return
     if (source / "recipe.yaml").is_file():
         released, beside = _open_run(source, given["checkpoint"], rest)
     else:
         _no_more(rest)
-        released, beside = open_released(source), partial(_copy_beside, source)
+        released, beside = open_released(source), partial(copy_beside, source)
     config_json, weights = _part(released, given["part"], source)
     _write(given, released, config_json, weights, beside)
+
+
+def _export_adapter(given: Mapping[str, str], changes: Sequence[str]) -> None:
+    """The adapters of a run alone."""
+    folder = Path(given["from"])
+    recipe = load_saved(folder / "recipe.yaml", changes)
+    if recipe.lora is None:
+        raise RecipeError(f"adapter=true: {folder} has no lora: nothing but its weights learnt")
+    if given["part"] == "talker":
+        raise RecipeError("part=talker: adapters are written for the whole model, or for part=thinker")
+    manifest = _manifest(folder, given["checkpoint"])
+    weights = checkpoint_weights(CheckpointReader(manifest, released_pieces))
+    bare = given["part"] == "thinker" or recipe.model.talker is None
+    to, dtype = Path(given["to"]), _precision(given) or torch.float32
+    base = recipe.model.weights or recipe.init
+    count = write_adapter(to, weights, recipe.lora, base, bare=bare, dtype=dtype)
+    print(f"step {manifest.step} of {folder}")
+    print(f"adapters of {count} parameters written to {to}, {plain_name(dtype)}")
+
+
+def merge(argv: Sequence[str]) -> None:
+    """An adapter into the weights of a folder."""
+    given, rest = parse(argv, {**_WRITING, "adapter": None})
+    _no_more(rest)
+    source = Path(given["from"])
+    released, adapter = open_released(source), open_adapter(Path(given["adapter"]))
+    scale = LoraConfig(adapter.rank, adapter.alpha, adapter.rslora).scale
+    weights = merged(released.weights, adapter.weights, scale)
+    print(f"adapters of {len(adapter.targets)} parameters merged, rank {adapter.rank}, scale {scale:g}")
+    _write(given, released, released.config_json, weights, partial(copy_beside, source))
 
 
 def init(argv: Sequence[str]) -> None:
@@ -206,29 +233,36 @@ def _open_run(folder: Path, checkpoint: str, changes: Sequence[str]) -> tuple[Re
         raise CheckpointError(
             f"{folder}: a run of an audio encoder alone: no released folder has one; give it to init="
         )
-    manifest = choose(folder, checkpoint, wait_s=0)
-    if manifest is None:
-        raise CheckpointError(f"{folder}: no checkpoint yet")
+    manifest = _manifest(folder, checkpoint)
     weights = checkpoint_weights(CheckpointReader(manifest, released_pieces))
+    if recipe.lora is not None:
+        weights = merged(weights, {n: weight for n, weight in weights.items() if is_lora(n)}, recipe.lora.scale)
+        print(f"adapters merged, rank {recipe.lora.rank}, scale {recipe.lora.scale:g}")
     check_weights(weights, expected_shapes(config), f"{manifest.folder}: the weights")
     config_json = omni_to_released(config) if isinstance(config, OmniConfig) else to_released_config(config)
     print(f"step {manifest.step} of {folder}")
-    return Released(config_json | {"dtype": "float32"}, config, weights), partial(_save_tokenizer, tokenizer)
+    beside = partial(_save_beside, tokenizer, folder / BASE)
+    return Released(config_json | {"dtype": "float32"}, config, weights), beside
+
+
+def _manifest(folder: Path, checkpoint: str) -> Manifest:
+    manifest = choose(folder, checkpoint, wait_s=0)
+    if manifest is None:
+        raise CheckpointError(f"{folder}: no checkpoint yet")
+    return manifest
+
+
+def _save_beside(tokenizer: Tokenizer, base: Path, folder: Path) -> None:
+    """The run's tokenizer, and of a finetuned model what lay beside its weights."""
+    _save_tokenizer(tokenizer, folder)
+    if base.is_dir():
+        copy_beside(base, folder)
 
 
 def _save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     tokenizer.save(folder)
     generation = {"eos_token_id": tokenizer.id(IM_END), "pad_token_id": tokenizer.id(ENDOFTEXT)}
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
-
-
-def _copy_beside(source: Path, folder: Path) -> None:
-    for name in BESIDE:
-        path = source / name
-        if path.is_file():
-            if path.stat().st_size > MAX_JSON_BYTES:
-                raise CheckpointError(f"{path}: larger than {MAX_JSON_BYTES} bytes")
-            shutil.copyfile(path, folder / name)
 
 
 def _with_dtype(config: dict[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
@@ -255,7 +289,7 @@ def _no_more(rest: Sequence[str]) -> None:
         raise RecipeError(f"unknown argument {rest[0]!r}")
 
 
-COMMANDS = {"check": check, "import": import_, "export": export, "init": init}
+COMMANDS = {"check": check, "import": import_, "export": export, "merge": merge, "init": init}
 
 
 def main(argv: Sequence[str]) -> None:

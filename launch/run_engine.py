@@ -47,9 +47,19 @@ class Opened:
         if manifest is None:
             raise CheckpointError(f"{self.folder}: no checkpoint yet")
         recipe, phase = self.recipe, Phase(steps=1)
+        if recipe.lora is not None and recipe.model.talker is not None:
+            phase = Phase(steps=1, speech="detached")  # adapters may all be the Talker's
         engine = build_engine(
             EngineSetup(
-                self.model, recipe.engine, recipe.optim, recipe.loss, phase, "evaluate", recipe.seed, self.device
+                self.model,
+                recipe.engine,
+                recipe.optim,
+                recipe.loss,
+                phase,
+                "evaluate",
+                recipe.seed,
+                self.device,
+                lora=recipe.lora,
             )
         )
         engine.restore(CheckpointReader(manifest, released_pieces), optimizer_step=0)

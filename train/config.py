@@ -11,6 +11,7 @@ from data.config import DataConfig
 from data.mixture import Mixture
 from models.config import AudioConfig, AudioDecoderConfig, TextConfig, VisionConfig
 from models.omni_config import Code2WavConfig, TalkerConfig
+from train.lora_config import LoraConfig
 from train.parallel import Degrees
 from train.preference import PreferenceConfig
 from train.transcribe_config import TranscribeConfig
@@ -28,6 +29,9 @@ class ModelConfig:
     code2wav: Code2WavConfig | None = None
     audio_decoder: AudioDecoderConfig | None = None
     """With one, the run trains the audio encoder with it and makes no Thinker (docs/audio_encoder.md)."""
+    weights: str | None = None
+    """A released checkpoint to finetune: a folder with config.json, whose sizes take the place of these, and
+    safetensors, which are what the run starts from (train/finetune.py)."""
 
 
 @dataclass(frozen=True)
@@ -212,6 +216,8 @@ class Recipe:
     """Patterns of parameters that may be in none of them, and then begin anew."""
     carry: str = "weights"
     """What `init` gives: weights, or optimizer: AdamW's moments too, of a run whose last phase trained the same."""
+    lora: LoraConfig | None = None
+    """Low-rank adapters learn, and nothing else; null: the parameters themselves."""
     phases: dict[str, Phase] = field(default_factory=dict)
     max_steps: int = 0
     """Stop (and save) after this step even if phases go on; 0: no limit. The schedule is not changed by it."""

@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from train.config import Recipe
 from train.errors import RecipeError
+from train.finetune import settle
 from train.recipe import RECIPES, chosen_recipe, composed_recipe, recipe_groups, split_word, typed
 from train.typed import build, nearest
 
@@ -189,7 +190,8 @@ def _compose(
             merged["init"] = None  # the stages before it are what the recipe asks for
         if begins and not OmegaConf.is_missing(merged, "init"):
             merged["init"] = ",".join([*begins, *([merged["init"]] if merged.get("init") else [])])
-        recipe = typed(merged, [pair for pair in values if pair[0] != "init"], where=f"stage {stage}")
+        values = [pair for pair in values if pair[0] != "init"]
+        recipe = typed(merged, values, where=f"stage {stage}", settle=settle)
     except RecipeError as error:
         raise RecipeError(f"stage {stage}: {error}") from None
     if config.hand_on == "best" and not recipe.eval.best:

@@ -197,6 +197,7 @@ def open_reader(recipe: Recipe, tokenizer: Tokenizer, model: Model, reads: Reads
         augment=None if data.augment == Augment() else data.augment,
         sequence_length=reads.sequence_length,
         windows=recipe.loss.transcribe.seconds if isinstance(model, TranscriberConfig) else None,
+        last_only=data.learn == "last",
     )
 
 

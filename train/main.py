@@ -13,7 +13,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -37,6 +37,7 @@ from train.engines.setup import EngineSetup
 from train.errors import CheckpointError, EngineError, RecipeError
 from train.evaluate import Evaluator
 from train.feed import Course, Feed, open_evaluator, open_feed
+from train.finetune import identity_of, keep_files
 from train.hardware import peak_flops
 from train.hidden import cached_course
 from train.journey import travel
@@ -80,6 +81,7 @@ def train(recipe: Recipe) -> bool:
     feed = open_feed(recipe, tokenizer, model)
     evaluator = open_evaluator(recipe, tokenizer, model)
     folder = Run.open_folder(recipe)
+    recipe = keep_files(recipe)
     tell = tqdm.write if ranks.rank() == 0 else _silent
     tell(f"run folder: {folder}")
     phases = spans(recipe)
@@ -172,13 +174,14 @@ def engine_setup(recipe: Recipe, model: Model, span: Span, device: torch.device)
         sequence_length=longest,
         sequences_per_step=recipe.data.sequences_per_step,
         evaluates=bool(recipe.eval.sets),
+        lora=recipe.lora,
     )
 
 
 def stored_state(recipe: Recipe, setup: EngineSetup, manifest: Manifest | None) -> StateReader | None:
     """What the engine starts from: a checkpoint's state, the weights of `init`, or None for the initial weights."""
     if manifest is not None:
-        return CheckpointReader(manifest, released_pieces, identity=asdict(setup.model))
+        return CheckpointReader(manifest, released_pieces, identity=identity_of(setup))
     if recipe.init is not None:
         weights, line = open_init(recipe, setup)
         if line and ranks.rank() == 0:
@@ -232,7 +235,7 @@ def open_run(
         warn=meters.say,
     )
     at = Position(step, updates, span.name, final=span == spans(recipe)[-1])
-    return Run(recipe, folder, meters, saver, evaluator, asdict(setup.model), feed, course, progress, at, shard.leads)
+    return Run(recipe, folder, meters, saver, evaluator, identity_of(setup), feed, course, progress, at, shard.leads)
 
 
 def step_flops(model: Model, batch: Batch) -> int:

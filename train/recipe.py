@@ -11,9 +11,10 @@ instantiated by a name in a file. A choice is a plain string, looked up where it
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -26,6 +27,7 @@ from data.augment import Augment
 from data.errors import DataError
 from train.config import Phase, Recipe
 from train.errors import RecipeError
+from train.finetune import about, check, settle
 from train.parallel import ENGINES
 from train.progress import check_progress
 from train.suites.registry import check_sets
@@ -63,7 +65,7 @@ def load_recipe(argv: Sequence[str], folder: Path = RECIPES) -> Recipe:
     groups = recipe_groups(folder)
     composed = composed_recipe(name, [(key, value) for key, value in given if key in groups], folder)
     values = [(key, value) for key, value in given if key not in groups | {"recipe"}]
-    return typed(composed, values, where=f"recipe {name}")
+    return typed(composed, values, where=f"recipe {name}", settle=settle)
 
 
 def chosen_recipe(given: Sequence[tuple[str, str]], folder: Path = RECIPES) -> str:
@@ -119,8 +121,13 @@ def load_saved(path: Path, argv: Sequence[str]) -> Recipe:
     return typed(loaded, [split_word(word) for word in argv], where=str(path))
 
 
-def typed(plain: DictConfig, values: Iterable[tuple[str, str]], where: str) -> Recipe:
-    """Check plain values and overrides against the dataclasses. Raises RecipeError."""
+def typed(
+    plain: DictConfig,
+    values: Iterable[tuple[str, str]],
+    where: str,
+    settle: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+) -> Recipe:
+    """Check plain values and overrides against the dataclasses; `settle` may replace some. Raises RecipeError."""
     known = dict(paths(Recipe))
     values = list(values)
     for key, _ in values:
@@ -137,7 +144,8 @@ def typed(plain: DictConfig, values: Iterable[tuple[str, str]], where: str) -> R
         resolved = OmegaConf.to_container(OmegaConf.merge(defaults, merged), resolve=True)
     except (OmegaConfBaseException, YAMLError) as error:
         raise RecipeError(f"{where}: {' '.join(str(error).split())}") from None
-    recipe = _with_steps(build(Recipe, resolved))
+    assert isinstance(resolved, dict)
+    recipe = _with_steps(build(Recipe, settle({str(key): value for key, value in resolved.items()})))
     _validate(recipe)
     return recipe
 
@@ -169,7 +177,7 @@ def _require_phase(key: str, merged: DictConfig) -> None:
 
 def as_yaml(recipe: Recipe) -> str:
     """The resolved recipe as YAML text."""
-    return OmegaConf.to_yaml(OmegaConf.create(asdict(recipe)))
+    return about(recipe) + OmegaConf.to_yaml(OmegaConf.create(asdict(recipe)))
 
 
 def recipe_names(folder: Path = RECIPES) -> list[str]:
@@ -234,6 +242,7 @@ def _validate(recipe: Recipe) -> None:
             raise RecipeError(f"phases.{name}.speakers: the phase has no speech; set phases.{name}.speech too")
         if phase.speech in DECODER_PHASES:
             _check_decoder(f"phases.{name}.speech={phase.speech}", recipe)
+    check(recipe)
     if recipe.engine.zero not in (1, 2, 3):
         raise RecipeError(f"engine.zero={recipe.engine.zero}: it is 1, 2 or 3")
     if not recipe.phases:

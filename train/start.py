@@ -18,6 +18,7 @@ from train.config import Recipe
 from train.engines import WEIGHT, StateReader
 from train.engines.setup import Drawn, EngineSetup
 from train.errors import CheckpointError, RecipeError
+from train.finetune import open_released_weights, with_adapters
 from train.handover import handed_over
 from train.optim import matches
 from train.waveform_config import DECODER_PHASES
@@ -61,6 +62,13 @@ def open_init(recipe: Recipe, setup: EngineSetup) -> tuple[StateReader, str]:
 
     Raises CheckpointError for a place that has none.
     """
+    if recipe.model.weights is not None:
+        return with_adapters(recipe, open_released_weights(recipe, setup.model)), ""
+    state, line = _from_places(recipe, setup)
+    return with_adapters(recipe, state), line
+
+
+def _from_places(recipe: Recipe, setup: EngineSetup) -> tuple[StateReader, str]:
     assert recipe.init is not None
     folders = [folder.strip() for folder in recipe.init.split(",")]
     if recipe.carry == "optimizer":

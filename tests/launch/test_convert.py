@@ -324,7 +324,7 @@ def test_check_compares_dtypes(saved: Path, tmp_path: Path, capsys: pytest.Captu
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "unknown command ''; give check, import, export, init"),
+        ([], "unknown command ''; give check, import, export, merge, init"),
         (["exprot"], "unknown command 'exprot', did you mean 'export'?"),
         (["check"], "give model=..."),
         (["check", "model=tinny"], "no recipe of a whole model, did you mean 'tiny'?"),

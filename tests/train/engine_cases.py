@@ -159,7 +159,7 @@ class State(dict[str, Tensor]):
 
 def gather(engine: Engine) -> State:
     """Every rank's fragments put together. Asserts that they cover each tensor exactly once."""
-    reference = setup("local").build_objective().thinker
+    reference = engine.setup.build_objective(drawn=False).thinker  # type: ignore[attr-defined]
     sizes = {f"{kind}|{n}": p.numel() for n, p in reference.named_parameters() for kind in (WEIGHT, *MOMENTS)}
     sizes[f"{VALUE}|{SHARE}"] = 2 * 8
     values = {

@@ -15,6 +15,7 @@ from train.engines import Engine
 from train.engines.setup import EngineSetup
 from train.errors import EngineError
 from train.fits import GB, check_fits
+from train.lora import check_engine
 from train.parallel import Degrees, Layout, check_layout, check_sequence
 from train.waveform_config import DECODER_PHASES
 
@@ -24,6 +25,9 @@ def build_engine(setup: EngineSetup) -> Engine:
     if setup.engine.threads:
         torch.set_num_threads(setup.engine.threads)
     ranks.start(setup.device)
+    if setup.lora is not None:
+        named = setup.build_objective(drawn=False).model.named_parameters()
+        check_engine(setup.engine, (name for name, _ in named))
     if setup.engine.name == "deepspeed":
         from train.engines.deepspeed import DeepSpeedEngine
 

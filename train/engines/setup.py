@@ -27,6 +27,8 @@ from models.transcriber import Transcriber, transcribe
 from train.config import EngineConfig, LossConfig, OptimConfig, Phase
 from train.engines import VALUE, WEIGHT, StateReader, StepStats
 from train.errors import RecipeError
+from train.lora import adapt, freeze_base
+from train.lora_config import LoraConfig
 from train.loss import IGNORE, Objective, Totals, inputs_of, pictures_of, uniform_share
 from train.optim import param_groups, select_trainable
 from train.parallel import Model, thinker_of
@@ -59,6 +61,8 @@ class EngineSetup:
     """Packs of the global batch; 0 where nobody knows."""
     evaluates: bool = False
     """Whether the run has sets to evaluate on."""
+    lora: LoraConfig | None = None
+    """Adapters that the model has; they alone learn then."""
 
     @property
     def betas(self) -> tuple[float, float]:
@@ -93,7 +97,11 @@ class EngineSetup:
             init_weights(model, self.seed)
         if self.phase.speech == "adversarial" and isinstance(model, Omni):
             add_adversary(model, self.loss.waveform, self.seed)
+        if self.lora is not None:
+            adapt(model, self.lora, self.seed, drawn)
         select_trainable(model, self.phase, self.phase_name)
+        if self.lora is not None:
+            freeze_base(model, self.phase_name)
         limit = self.loss.max_logits
         if isinstance(model, Transcriber):
             return TranscribeObjective(model, max_logits=limit)
