@@ -68,7 +68,8 @@ def layouts(engine: str, question: Question) -> Iterator[Layout]:
     both = (False, True)
     options: dict[str, Sequence[int | bool]] = {"recompute": both}
     if engine == "deepspeed":
-        options |= {"zero": (1, 2, 3), "ep": divisors, "offload": both}
+        shares = [n for n in divisors if n <= 16]
+        options |= {"zero": (1, 2, 3), "ep": divisors, "offload": both, "cp": shares, "recompute_layers": both}
     elif engine == "megatron":
         options |= {
             "tp": [n for n in divisors if text.num_key_value_heads % n == 0],

@@ -93,6 +93,7 @@ def name_of(layout: Layout) -> str:
     words += [f"{short}{getattr(layout, key)}" for key, short in SHORT.items() if getattr(layout, key) > 1]
     words += [f"dp{layout.dp}"]
     words += ["recompute"] * layout.recompute + ["layers"] * layout.recompute_layers + ["offload"] * layout.offload
+    words += ["host"] * layout.offload_activations
     return " ".join(words)
 
 
@@ -105,6 +106,7 @@ def command(question: Question, layout: Layout) -> str:
     words += [f"engine.zero={layout.zero}"] if layout.name == "deepspeed" else []
     words += [f"engine.{key}={getattr(layout, key)}" for key in SHORT if key == "ep" or getattr(layout, key) > 1]
     words += [f"engine.precision={layout.precision} engine.recompute={str(layout.recompute).lower()}"]
-    words += [f"engine.{key}=true" for key in ("recompute_layers", "offload") if getattr(layout, key)]
+    flags = "recompute_layers", "offload", "offload_activations"
+    words += [f"engine.{key}=true" for key in flags if getattr(layout, key)]
     words += [f"data.sequence_length={question.seq} data.sequences_per_step={question.sequences}"]
     return " ".join(words)

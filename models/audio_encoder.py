@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 
 from models.config import AudioConfig
 from models.layers.attention import Segments, attend, make_segments
+from models.layers.saving import Saves
 
 CHUNK_FRAMES, CHUNK_TOKENS = 100, 13
 
@@ -75,7 +77,7 @@ class AudioLayer(nn.Module):
         return x_TA + self.fc2(F.gelu(self.fc1(self.final_layer_norm(x_TA))))
 
 
-class AudioEncoder(nn.Module):
+class AudioEncoder(Saves):
     """Log-mel spectrograms of a batch of clips to features in the decoder's width."""
 
     def __init__(self, config: AudioConfig) -> None:
@@ -102,18 +104,24 @@ class AudioEncoder(nn.Module):
                 f"mel_lengths {list(mel_lengths)} must be positive and sum to the {len(mel_FM)} mel frames"
             )
         chunks_N1ML, run_N, tokens_N = _chunks(mel_FM.to(self.conv2d1.weight.dtype), mel_lengths)
-        x = chunks_N1ML
-        for conv in (self.conv2d1, self.conv2d2, self.conv2d3):
-            run_N = (run_N + 1) // 2
-            x = _without_overrun(F.gelu(conv(x)), run_N)
-        x_NLA = self.conv_out(x.permute(0, 3, 1, 2).flatten(2))
+        x_NLA = self.saving.rows(self._stem, chunks_N1ML, run_N)
         x_NLA = x_NLA + sinusoids(x_NLA.shape[1], x_NLA.shape[2], x_NLA.device).to(x_NLA.dtype)
         real_NL = torch.arange(x_NLA.shape[1]) < tokens_N.unsqueeze(1)
         x_TA = x_NLA.flatten(0, 1).index_select(0, real_NL.flatten().nonzero().squeeze(1).to(x_NLA.device))
         segments = make_segments(self._window_lengths(mel_lengths, windows), x_TA.device)
         for layer in self.layers:
-            x_TA = layer(x_TA, segments)
+            x_TA = self.saving.layer(partial(layer, windows=segments), x_TA)
         return self.proj2(F.gelu(self.proj1(self.ln_post(x_TA))))
+
+    def _stem(self, x: Tensor, run_N: Tensor) -> Tensor:
+        """Chunks [N, 1, M, L], which run for so many frames -> [N, L / 8, A].
+
+        Activations are 8 MB a second of sound in the released shapes and 16 bits: as much as those of seven layers.
+        """
+        for conv in (self.conv2d1, self.conv2d2, self.conv2d3):
+            run_N = (run_N + 1) // 2
+            x = _without_overrun(F.gelu(conv(x)), run_N)
+        return self.conv_out(x.permute(0, 3, 1, 2).flatten(2))
 
     def _window_lengths(self, mel_lengths: Sequence[int], windows: Sequence[int]) -> list[int]:
         """Tokens of each attention window; the last of a clip may be shorter."""

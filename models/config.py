@@ -31,6 +31,38 @@ def require_positive(config: Any, but: tuple[str, ...] = ()) -> None:
 
 
 @dataclass(frozen=True)
+class RopeScaling:
+    """Rotary positions beyond the trained length, under transformers' names; all three axes alike.
+
+    linear: every position divided by `factor`. yarn (Peng et al. 2023): only frequencies that turn less than
+    `beta_slow` times over the original length, none that turn more than `beta_fast` times, a ramp between; queries and
+    keys are scaled by `attention_factor`, 0.1 ln(factor) + 1 where it is not given.
+    """
+
+    rope_type: str
+    factor: float
+    original_max_position_embeddings: int | None = None
+    attention_factor: float | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuse what is no scaling."""
+        require(self.rope_type in ("linear", "yarn"), f"rope_type is {self.rope_type!r}; it is linear or yarn")
+        require(self.factor >= 1, f"factor of a rope_scaling must be at least 1, not {self.factor}")
+        if self.rope_type == "yarn":
+            length = self.original_max_position_embeddings
+            require(
+                length is not None and length > 0,
+                "a rope_scaling of rope_type yarn needs original_max_position_embeddings, the length trained so far",
+            )
+            require(
+                0 < self.beta_slow <= self.beta_fast,
+                f"beta_slow ({self.beta_slow}) must be above 0 and at most beta_fast ({self.beta_fast})",
+            )
+
+
+@dataclass(frozen=True)
 class TextConfig:
     """A mixture-of-experts decoder, the Thinker's or the Talker's.
 
@@ -52,6 +84,7 @@ class TextConfig:
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.02
     shared_expert_intermediate_size: int = 0
+    rope_scaling: RopeScaling | None = None
 
     def __post_init__(self) -> None:
         """Reject shapes that do not fit together."""

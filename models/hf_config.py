@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, asdict, fields
 from typing import Any, TypeVar
 
-from models.config import AudioConfig, ConfigError, TextConfig, ThinkerConfig, VisionConfig
+from models.config import AudioConfig, ConfigError, RopeScaling, TextConfig, ThinkerConfig, VisionConfig
 from models.omni_config import CONTROL_IDS, Code2WavConfig, CodePredictorConfig, OmniConfig, TalkerConfig
 
 Config = TypeVar("Config")
@@ -191,7 +191,7 @@ def omni_to_released(config: OmniConfig) -> dict[str, Any]:
 
 
 def _text(section: Mapping[str, Any], where: str) -> TextConfig:
-    rope = _rope(section, where)
+    rope = _rope(section, where, scaled=True)
     if not (rope.get("mrope_interleaved", True) and rope.get("interleaved", True)):
         raise ConfigError(f"config.json: {where} has positions that are not interleaved; this model's are")
     experts = "num_local_experts" if "num_local_experts" in section else "num_experts"  # transformers 5, the Talker
@@ -202,25 +202,52 @@ def _text(section: Mapping[str, Any], where: str) -> TextConfig:
         num_experts=_value(section, experts, where),
         rope_theta=rope["rope_theta"],
         mrope_section=rope.get("mrope_section") or (24, 20, 20),
+        rope_scaling=_scaling(rope, where),
     )
+
+
+def _scaling(rope: Mapping[str, Any], where: str) -> RopeScaling | None:
+    """What stretches the rotary positions of a section. Raises ConfigError for what this model does not do."""
+    if rope["rope_type"] == "default":
+        return None
+    for key, meant in (("mscale", None), ("mscale_all_dim", None), ("truncate", True)):
+        if rope.get(key, meant) != meant:
+            raise ConfigError(f"config.json: {where} scales positions with {key}={rope[key]!r}; leave it out")
+    _value(rope, "factor", where)
+    given = {item.name: rope[item.name] for item in fields(RopeScaling) if rope.get(item.name) is not None}
+    _check_types(RopeScaling, where, given)
+    try:
+        return RopeScaling(**given)
+    except ConfigError as error:
+        raise ConfigError(f"config.json: {where}: {error}") from None
 
 
 def _text_to_released(config: TextConfig) -> dict[str, Any]:
     text = asdict(config)
     theta, section = text.pop("rope_theta"), list(text.pop("mrope_section"))
     rope = {"rope_type": "default", "rope_theta": theta, "mrope_section": section, "mrope_interleaved": True}
+    scaling = text.pop("rope_scaling")
+    if config.rope_scaling is not None:
+        keys = ["rope_type", "factor"] if config.rope_scaling.rope_type == "linear" else list(scaling)
+        rope |= {key: scaling[key] for key in keys if scaling[key] is not None}
+        if length := config.rope_scaling.original_max_position_embeddings:
+            text["max_position_embeddings"] = int(length * config.rope_scaling.factor)
     return {**text, "norm_topk_prob": True, "rope_parameters": rope}
 
 
-def _rope(section: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _rope(section: Mapping[str, Any], where: str, scaled: bool = False) -> dict[str, Any]:
     """Rotary settings, of a transformers 5 file (rope_parameters) or of an older one (rope_theta, rope_scaling)."""
     old = {"rope_theta": section.get("rope_theta")}
     for key in ("rope_parameters", "rope_scaling"):
         if not isinstance(section.get(key) or {}, Mapping):
             raise ConfigError(f"config.json: {where}.{key} is {section[key]!r}, which is no object")
     rope = dict(section.get("rope_parameters") or {**old, **(section.get("rope_scaling") or {})})
-    if rope.get("rope_type", "default") != "default":
-        raise ConfigError(f"config.json: {where} has rope_type {rope['rope_type']!r}; this model has only 'default'")
+    rope["rope_type"] = kind = rope.get("rope_type", rope.get("type", "default"))
+    known = ("default", "linear", "yarn") if scaled else ("default",)
+    if kind not in known:
+        raise ConfigError(
+            f"config.json: {where} has rope_type {kind!r}; this model has only {', '.join(map(repr, known))}"
+        )
     if rope.get("rope_theta") is None:
         raise ConfigError(f"config.json lacks the key 'rope_theta' in {where}")
     return rope

@@ -17,6 +17,7 @@ positions. Letters: T tokens, N frames, G codes of a frame, D hidden, H hidden o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,7 @@ from models.layers.decoder import DecoderLayer
 from models.layers.head import LMHead
 from models.layers.norm import RMSNorm
 from models.layers.rope import angles
+from models.layers.saving import Saves
 from models.omni_config import TalkerConfig
 
 
@@ -46,7 +48,7 @@ class ResizeMLP(nn.Module):
         return self.linear_fc2(F.silu(self.linear_fc1(x_TH)))
 
 
-class CodecDecoder(nn.Module):
+class CodecDecoder(Saves):
     """The backbone without its head. `codec_embedding` is called by those who build its inputs."""
 
     def __init__(self, config: TextConfig, recompute_experts: bool) -> None:
@@ -61,12 +63,14 @@ class CodecDecoder(nn.Module):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """As Talker.forward."""
         config = self.config
-        turns = angles(position_ids_3T, config.head_dim, config.rope_theta, config.mrope_section)
+        wave = config.rope_theta, config.mrope_section, config.rope_scaling
+        turns = angles(position_ids_3T, config.head_dim, *wave)
         cos_TC, sin_TC = (turn_TC.to(x_TD.dtype) for turn_TC in turns)
         segments = make_segments(doc_lengths, x_TD.device)
         router_logits = []
         for index, layer in enumerate(self.layers):
-            x_TD, logits_TE = layer(x_TD, cos_TC, sin_TC, segments, cache, index)
+            run = partial(layer, cos_TC=cos_TC, sin_TC=sin_TC, segments=segments, cache=cache, layer=index)
+            x_TD, logits_TE = self.saving.layer(run, x_TD)
             router_logits.append(logits_TE)
         return self.norm(x_TD), tuple(router_logits)
 

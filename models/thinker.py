@@ -18,18 +18,21 @@ P patches of pictures, X values of a patch, V visual tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from models.audio_encoder import AudioEncoder
 from models.config import TextConfig, ThinkerConfig
-from models.layers.attention import make_segments
+from models.layers.attention import Across, make_segments
 from models.layers.cache import KVCache
 from models.layers.decoder import DecoderLayer
 from models.layers.head import LMHead
 from models.layers.norm import RMSNorm
 from models.layers.rope import angles
+from models.layers.saving import Saves
 from models.vision_encoder import VisionEncoder
 
 Grids = Sequence[tuple[int, int, int]]
@@ -53,7 +56,7 @@ class Features(NamedTuple):
     deepstack: tuple[Tensor, ...]  # one [V, D] for each of the decoder's first layers
 
 
-class Decoder(nn.Module):
+class Decoder(Saves):
     """The language model without its head."""
 
     def __init__(self, config: TextConfig, recompute_experts: bool) -> None:
@@ -73,6 +76,7 @@ class Decoder(nn.Module):
         cache: KVCache | None,
         tap: int | None,
         stop: bool,
+        across: Across | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
         """Embed, put each (rows, features) of `features` in its rows, run the layers.
 
@@ -84,13 +88,15 @@ class Decoder(nn.Module):
         for rows, features_D in features:
             x_TD = x_TD.index_copy(0, rows, features_D.to(x_TD.dtype))
         config = self.config
-        turns = angles(position_ids_3T, config.head_dim, config.rope_theta, config.mrope_section)
+        wave = config.rope_theta, config.mrope_section, config.rope_scaling
+        turns = angles(position_ids_3T, config.head_dim, *wave)
         cos_TC, sin_TC = (turn_TC.to(x_TD.dtype) for turn_TC in turns)
-        segments = make_segments(doc_lengths, x_TD.device)
+        segments = replace(make_segments(doc_lengths, x_TD.device), across=across)
         router_logits, tapped_TD = [], None
         rows_V, added = deepstack or (None, ())
         for index, layer in enumerate(self.layers):
-            x_TD, logits_TE = layer(x_TD, cos_TC, sin_TC, segments, cache, index)
+            run = partial(layer, cos_TC=cos_TC, sin_TC=sin_TC, segments=segments, cache=cache, layer=index)
+            x_TD, logits_TE = self.saving.layer(run, x_TD)
             router_logits.append(logits_TE)
             if tap == index + 1 < len(self.layers):
                 tapped_TD = x_TD
@@ -144,6 +150,7 @@ class Thinker(nn.Module):
         features: Features | None = None,
         tap: int | None = None,
         stop: bool = False,
+        across: Across | None = None,
     ) -> tuple[Any, ...]:
         """One pack of documents -> hidden states after the final norm [T, D], router logits float32 [T, E] per layer.
 
@@ -153,14 +160,14 @@ class Thinker(nn.Module):
         all fine. With a filled `cache` the T tokens are one more for each of its documents. `features` are what
         `encode` made of the same media; without them it runs here.
 
+        With `across`, ranks that hold the pack together, all but doc_lengths is of the tokens here, `features` too.
         With `tap`, a number of layers, a third result: the hidden states [T, D] that transformers counts as
         hidden_states[tap], which the Talker reads; with `stop` nothing after them is computed, and the first result
         is of no use. Raises ValueError where counts disagree.
         """
-        if sum(doc_lengths) != len(token_ids_T) or min(doc_lengths, default=1) < 1:
-            raise ValueError(
-                f"doc_lengths {list(doc_lengths)} must be positive and sum to the {len(token_ids_T)} tokens"
-            )
+        tokens = len(token_ids_T) * (across.size if across is not None else 1)
+        if sum(doc_lengths) != tokens or min(doc_lengths, default=1) < 1:
+            raise ValueError(f"doc_lengths {list(doc_lengths)} must be positive and sum to the {tokens} tokens")
         if tap is not None and not 1 <= tap <= len(self.model.layers):
             raise ValueError(f"tap ({tap}) must be from 1 to the decoder's {len(self.model.layers)} layers")
         found = features or self.encode(Media(mel_FM, mel_lengths, pixels_PX, grids))
@@ -174,7 +181,7 @@ class Thinker(nn.Module):
             placed.append((rows_V, found.visual_VD))
             deepstack = rows_V, found.deepstack
         hidden_TD, router_logits, tapped_TD = self.model(
-            token_ids_T, position_ids_3T, doc_lengths, placed, deepstack, cache, tap, stop
+            token_ids_T, position_ids_3T, doc_lengths, placed, deepstack, cache, tap, stop, across
         )
         return (hidden_TD, router_logits) if tapped_TD is None else (hidden_TD, router_logits, tapped_TD)
 

@@ -16,6 +16,7 @@ grid, R rows and W columns of patches of an image, T features, D decoder width.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from models.config import VisionConfig
 from models.layers.attention import Segments, attend, make_segments
 from models.layers.rope import rotate
+from models.layers.saving import Saves
 
 Grid = tuple[int, int, int]  # frames, rows and columns, in patches
 NORM_EPS, ROPE_THETA = 1e-6, 10_000.0
@@ -142,7 +144,7 @@ class PatchMerger(nn.Module):
         return self.mlp(self.ln_q(x_PV.view(block)) if self.norm_block else self.ln_q(x_PV).view(block))
 
 
-class VisionEncoder(nn.Module):
+class VisionEncoder(Saves):
     """Images and videos of a batch to features in the decoder's width."""
 
     def __init__(self, config: VisionConfig) -> None:
@@ -166,7 +168,7 @@ class VisionEncoder(nn.Module):
         rotary, frames = self._rotary(grids, x_PV), make_segments(_frame_lengths(grids), x_PV.device)
         mergers, deepstack = dict(zip(self.config.deepstack_visual_indexes, self.merger_list, strict=True)), []
         for index, block in enumerate(self.blocks):
-            x_PV = block(x_PV, rotary, frames)
+            x_PV = self.saving.layer(partial(block, rotary=rotary, frames=frames), x_PV)
             if index in mergers:
                 deepstack.append(mergers[index](x_PV))
         return self.merger(x_PV), tuple(deepstack)

@@ -24,9 +24,7 @@ from models.config import AudioConfig, TextConfig, VisionConfig
 from models.layers.attention import STRIP, STRIPS_UP_TO, make_segments
 from models.layers.experts import BLOCK_ROWS
 from models.layers.ragged import STRIP as QUERIES
-from models.layers.ragged import Piece as Ragged
 from models.layers.ragged import make_pieces
-from models.omni_config import TalkerConfig
 
 KERNELS = ("cuda", "cpu", "cpu-upcast")
 
@@ -91,6 +89,10 @@ class Cut:
     """Whether rows are sent to their experts' ranks, so that what arrives is a tensor of its own."""
     grouped: bool = False
     """Whether grouped products run the experts whatever the device, as in DeepSpeed's AutoEP."""
+    layers: bool = False
+    """Whether layers keep their input alone; here for the encoders', those of decoders are in train/memory.py."""
+    tiles: int = 1
+    """Parts in which tokens pass the experts."""
     megatron: bool = False
     """Whether layers are Megatron-Core's, as train/engines/megatron/block.py puts them together."""
 
@@ -118,20 +120,18 @@ def ragged_kept(lengths: Sequence[int], heads: int, groups: int, channels: int, 
         pieces = make_pieces(stretches, lengths, torch.device("cpu")).all
         if cut.kernels == "cuda":  # keys and values of every piece are copied
             keys = sum(piece.last - piece.first for piece in pieces) * 2 * groups * each
-        else:  # views of the pack's, and a mask for every strip of queries
-            keys = padded * 2 * groups * each + sum(map(_masks, pieces)) * cut.size
+        else:  # views of the pack's, and a mask whose corners all strips of queries share
+            longest = max((piece.last - piece.first for piece in pieces), default=0)
+            keys = padded * 2 * groups * each + QUERIES * longest * cut.size
         most = max(most, keys)
     outputs = 1 if cut.kernels == "cuda" else 2  # strips are put together
     return most + seen * heads * ((1 + outputs) * each + 4)
 
 
-def _masks(piece: Ragged) -> int:
-    """Elements of the masks of a piece's strips."""
-    stops = range(piece.start, piece.stop, QUERIES)
-    ends = [min(start + QUERIES, piece.stop) for start in stops]
-    return sum(
-        (end - start) * (piece.last - (piece.stop - end) - piece.first) for start, end in zip(stops, ends, strict=True)
-    )
+def ulysses_kept(lengths: Sequence[int], heads: int, groups: int, channels: int, cut: Cut) -> int:
+    """The same where ranks exchange tokens for heads (train/engines/ulysses.py): whole packs, of some heads."""
+    whole = sum(lengths) // cut.cp * heads * channels * cut.size  # what came back, for the output matrix
+    return whole + attention_kept(lengths, heads // cut.cp, max(1, groups // cut.cp), channels, cut)
 
 
 def attention_kept(
@@ -160,7 +160,8 @@ def decoder_layer(text: TextConfig, pack: Pack, cut: Cut) -> list[Piece]:
     heads, groups = text.num_attention_heads // cut.tp, text.num_key_value_heads // cut.tp
     tokens, seen = pack.tokens // (cut.tp * cut.cp), pack.tokens // cut.cp
     stream, query, pair = tokens * hidden * size, seen * heads * channels * size, seen * groups * channels * size
-    attended = (attention_kept if cut.cp == 1 else ragged_kept)(pack.doc_lengths, heads, groups, channels, cut)
+    keeps = attention_kept if cut.cp == 1 else ragged_kept if cut.megatron else ulysses_kept
+    attended = keeps(pack.doc_lengths, heads, groups, channels, cut)
     # q, k, v are one product that stays whole: the norm of k reads it; that of q reads a copy
     mixed = query + pair if cut.megatron else 0
     whole = seen * hidden * size if cut.tp > 1 else 0  # tokens of all tensor ranks, gathered for a projection
@@ -176,8 +177,31 @@ def decoder_layer(text: TextConfig, pack: Pack, cut: Cut) -> list[Piece]:
         Piece("attention", attended, query, stream + 2 * query + 2 * pair),
         Piece("attention", 0, whole, stream + whole + query, in_out),
         norm(tokens, hidden, size, "norms", stream),
-        *moe(text, tokens, cut),
+        *(moe(text, tokens, cut) if cut.tiles == 1 else tiled_moe(text, tokens, cut)),
     ]
+
+
+def tiled_moe(text: TextConfig, tokens: int, cut: Cut) -> list[Piece]:
+    """The block on one part of the tokens after another, each made again in backward (models/layers/saving.py).
+
+    Gradients of a part come beside those of the parts before it.
+    """
+    part, stream = moe(text, -(-tokens // cut.tiles), cut), tokens * text.hidden_size * cut.size
+    again = recomputed(part, stream + tokens * text.num_experts * 4)  # its inputs are views of the norm's output
+    summed = sum(piece.weights for piece in part) * cut.size
+    again[-1] = replace(again[-1], backward=again[-1].backward + stream + summed)
+    again[0] = replace(again[0], forward=again[0].forward + stream)
+    return again
+
+
+def recomputed(layer: Sequence[Piece], stream: int) -> list[Piece]:
+    """Pieces of which only the input is kept; backward makes the rest again, and has all of it at the end."""
+    kept = sum(piece.kept for piece in layer)
+    most = max(piece.backward for piece in layer)
+    out = [replace(piece, kept=0, forward=max(piece.forward, piece.kept), backward=0) for piece in layer]
+    out[0] = replace(out[0], kept=stream)
+    out[-1] = replace(out[-1], backward=kept + most)
+    return out
 
 
 def moe(text: TextConfig, tokens: int, cut: Cut) -> list[Piece]:
@@ -328,6 +352,11 @@ def audio(config: AudioConfig, pack: Pack, cut: Cut) -> list[Piece]:
     )
     adapter = width * width + width + width * config.output_dim + config.output_dim + 2 * width
     last = Piece("encoders", tokens * (4 * width) * size, 0, tokens * 2 * width * size, adapter)
+    if cut.layers or cut.tiles > 1:
+        (stem,) = recomputed([stem], kept)
+        stem = replace(stem, forward=stem.forward // cut.tiles, backward=stem.backward // cut.tiles)
+    if cut.layers:
+        (layer,) = recomputed([layer], tokens * width * size)
     named = [replace(piece, owner="audio") for piece in (stem, layer, last)]
     return [named[0], *[named[1]] * config.encoder_layers, named[2]]
 
@@ -350,6 +379,8 @@ def vision(config: VisionConfig, pack: Pack, cut: Cut) -> list[Piece]:
         patches * (2 * width + 2 * inner) * size,
         4 * width * width + 2 * width * inner + 9 * width + inner,
     )
+    if cut.layers:
+        (block,) = recomputed([block], patches * width * size)
     wide = merge * width
     elements = wide * wide + wide + wide * config.out_hidden_size + config.out_hidden_size
     made = patches // merge * config.out_hidden_size * size
@@ -360,35 +391,3 @@ def vision(config: VisionConfig, pack: Pack, cut: Cut) -> list[Piece]:
     for index in range(config.depth):
         pieces += [block, *([deep] if index in config.deepstack_visual_indexes else [])]
     return [*pieces, last]
-
-
-def talker_front(
-    config: TalkerConfig, pack: Pack, cut: Cut, max_logits: int, learns: bool
-) -> tuple[Piece, list[Piece]]:
-    """What makes the inputs of the Talker's first layer, and what predicts its frames' residual codes.
-
-    Of `pack` the targets are frames. Weights are whole on each tensor rank; so are the inputs, of which the Talker
-    reads its part. Frames are divided.
-    """
-    codes, size, hidden, wide = config.code_predictor, cut.size, config.text.hidden_size, config.thinker_hidden_size
-    frames = pack.tokens if pack.targets is None else pack.targets
-    groups, inner, table = codes.num_code_groups, codes.intermediate_size, codes.vocab_size * hidden
-    elements = 2 * (wide * wide + wide + wide * hidden + hidden) + config.text.vocab_size * hidden
-    inputs = pack.tokens * (3 * wide + hidden) * size + frames * hidden * size
-    front = Piece("head", inputs, frames * groups * hidden * size, inputs, elements + (groups - 1) * table)
-    here = -(-frames // (cut.tp * cut.cp))
-    rows = here * groups
-    queries, pairs = codes.num_attention_heads * codes.head_dim, codes.num_key_value_heads * codes.head_dim
-    layer = Piece(
-        "head",
-        rows * (4 * hidden + 4 * queries + 3 * pairs + 4 * inner) * size + rows * (4 * codes.num_attention_heads + 16),
-        rows * inner * size,
-        rows * (2 * hidden + 3 * inner) * size,
-        hidden * (2 * queries + 2 * pairs) + 2 * codes.head_dim + 3 * hidden * inner + 2 * hidden,
-    )
-    chunk = min(here, max(1, max_logits // codes.vocab_size)) * codes.vocab_size * (4 if size == 4 else 8)
-    matrices = (groups - 1) * table
-    kept = 2 * rows * hidden * size + (matrices * 4 if learns else 0)
-    heads = Piece("head", kept, 0, 2 * rows * hidden * size, matrices, early=learns)
-    logits = Piece("logits", 0, chunk + (table * size if learns and size < 4 else 0))
-    return front, [*[layer] * codes.num_hidden_layers, norm(rows, hidden, size, "head", 0), heads, logits]

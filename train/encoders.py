@@ -47,9 +47,14 @@ class SharedEncoding:
         config: ThinkerConfig,
         device: torch.device,
         encode: Callable[[Media], Features],
+        deals: Sequence[Deal] | None = None,
     ) -> None:
-        """Encode the media of this rank's micro-batches; `encode` runs the model's encoders."""
-        self._texts = [_without_media(batch) for batch in batches]
+        """Encode the media of this rank's micro-batches; `encode` runs the model's encoders.
+
+        `deals`, of audio and of pictures, send the features on from the rank that presents the media of several.
+        """
+        self._texts = [without_media(batch) for batch in batches]
+        heard_by, seen_by = deals or (None, None)
         self._width = config.text.hidden_size
         mel_FM = torch.cat([batch.mel_FM for batch in batches]).to(device)
         clip_M2, home_M = everyones([clip for batch in batches for clip in clips_of(batch, config)], 2)
@@ -58,7 +63,7 @@ class SharedEncoding:
         audio_tokens = [int(num_audio_tokens(np.array(batch.mel_lengths, np.int64)).sum()) for batch in batches]
         if config.vision is None:
             made = encode(Media(*heard, None, (), windows))
-            self._shared = [_Shared(made.audio_TD, audio, audio_tokens)]
+            self._shared = [_Shared(made.audio_TD, audio, audio_tokens, heard_by)]
             return
         block = config.vision.spatial_merge_size**2  # patches of a token
         pixels = [batch.pixels_PX for batch in batches if batch.grids]
@@ -69,11 +74,12 @@ class SharedEncoding:
         made = encode(Media(*heard, *seen, windows))
         assert made.visual_VD is not None
         self._shared = [
-            _Shared(made.audio_TD, audio, audio_tokens),
+            _Shared(made.audio_TD, audio, audio_tokens, heard_by),
             _Shared(
                 torch.cat([made.visual_VD, *made.deepstack], dim=1),
                 vision,
                 [sum(map(prod, batch.grids)) // block for batch in batches],
+                seen_by,
             ),
         ]
 
@@ -96,17 +102,38 @@ class SharedEncoding:
 class _Shared:
     """Features of one encoder: those that this rank made, and those of its own media."""
 
-    def __init__(self, made_TD: Tensor, way: Route, tokens: Sequence[int]) -> None:
+    def __init__(self, made_TD: Tensor, way: Route, tokens: Sequence[int], deal: Deal | None) -> None:
         """`tokens` of each micro-batch's own media."""
-        self.made_TD, self._way = made_TD, way
-        self.leaves = [
-            leaf_TD.clone().requires_grad_(made_TD.requires_grad) for leaf_TD in give_back(made_TD, way).split(tokens)
-        ]
+        self.made_TD, self._way, self._deal = made_TD, way, deal
+        mine_TD = give_back(made_TD, way)
+        if deal is not None:
+            mine_TD, tokens = deal.send(mine_TD), deal.tokens
+        self.leaves = [leaf_TD.clone().requires_grad_(made_TD.requires_grad) for leaf_TD in mine_TD.split(tokens)]
 
     def loss(self) -> Tensor:
         """Its gradient in each feature made here is the one that the feature's home found."""
         found = [torch.zeros_like(leaf_TD) if leaf_TD.grad is None else leaf_TD.grad for leaf_TD in self.leaves]
-        return (self.made_TD.float() * send_gradients(torch.cat(found), self._way).float()).sum()
+        grad_TD = torch.cat(found) if self._deal is None else self._deal.send_back(torch.cat(found))
+        return (self.made_TD.float() * send_gradients(grad_TD, self._way).float()).sum()
+
+
+@dataclass(frozen=True)
+class Deal:
+    """How features go from the rank that presents media of several ranks to where their placeholders lie."""
+
+    order: np.ndarray  # int64: features at that rank, rank by rank; empty on others
+    out: list[int]  # to each rank of all
+    into: list[int]  # from each
+    tokens: list[int]  # here, of each micro-batch
+
+    def send(self, mine_TD: Tensor) -> Tensor:
+        """Features to their ranks. Collective."""
+        return ranks.exchange(mine_TD[_index(self.order, mine_TD)], self.out, self.into)
+
+    def send_back(self, grad_TD: Tensor) -> Tensor:
+        """Their gradients to where they came from. Collective."""
+        back_TD = ranks.exchange(grad_TD, self.into, self.out)
+        return torch.empty_like(back_TD).index_copy_(0, _index(self.order, back_TD), back_TD)
 
 
 @dataclass(frozen=True)
@@ -224,7 +251,8 @@ def everyones(mine: Sequence[Sequence[int]], columns: int) -> tuple[np.ndarray, 
     return torch.cat(found).numpy(), homes
 
 
-def _without_media(batch: Batch) -> Batch:
+def without_media(batch: Batch) -> Batch:
+    """The same batch, of which the encoders get nothing."""
     return replace(batch, mel_FM=batch.mel_FM[:0], mel_lengths=(), windows=(), pixels_PX=batch.pixels_PX[:0], grids=())
 
 

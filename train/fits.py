@@ -106,6 +106,8 @@ def changes(layout: Layout) -> Iterator[tuple[str, Layout]]:
         steps += [{"zero": zero} for zero in range(layout.zero + 1, 4)]
         steps += [{"ep": layout.ep * times} for times in (2, 4, 8, 16, 32)]
         steps += [{"zero": 3, "recompute": True}, {"offload": True}, {"zero": 3, "recompute": True, "offload": True}]
+        whole = {"zero": 3, "recompute": False, "recompute_layers": True}
+        steps += [whole, *(whole | {"cp": layout.cp * times} for times in (2, 4, 8))]
     if layout.name == "megatron":
         whole = {"recompute": False, "recompute_layers": True}
         steps += [{"ep": layout.ep * times} for times in (2, 4, 8, 16, 32)] + [whole]

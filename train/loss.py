@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.types import Batch
+from models.layers.attention import Across
 from models.thinker import Features, Media, Thinker
 
 IGNORE = -100
@@ -140,6 +141,14 @@ class Family:
 
 
 @dataclass(frozen=True)
+class Part:
+    """What an objective must know of a pack that several ranks hold together, of which it gets one's part."""
+
+    across: Across
+    real: int  # tokens here; padding follows them
+
+
+@dataclass(frozen=True)
 class Totals:
     """Counts of a set of micro-batches. The engine adds them over ranks before the first backward."""
 
@@ -188,19 +197,23 @@ class Objective(nn.Module):
             tokens=(sum(len(batch.token_ids_T) for batch in batches),),
         )
 
-    def forward(self, batch: Batch | Media, features: Features | None = None) -> Sums | Features:
-        """Sums over a pack. `features` are those of the batch's media where they are encoded already.
+    def forward(
+        self, batch: Batch | Media, features: Features | None = None, part: Part | None = None
+    ) -> Sums | Features:
+        """Sums over a pack, or a `part` of one. `features` are those of its media where they are encoded already.
 
         Given Media alone, returns their features: an engine that wraps this module calls nothing else of it.
         """
         if isinstance(batch, Media):
             return self.thinker.encode(batch)
-        hidden_TD, router_logits = self.thinker(*inputs_of(batch), **pictures_of(batch), features=features)
+        across, real = (part.across, part.real) if part is not None else (None, None)
+        inputs = inputs_of(batch), pictures_of(batch)
+        hidden_TD, router_logits = self.thinker(*inputs[0], **inputs[1], features=features, across=across)
         head = partial(cross_entropy_sum, labels_T=batch.labels_T, max_logits=self.max_logits)
         ce_sum = self.thinker.lm_head(hidden_TD, head)
         if features is not None:
             ce_sum = ce_sum + nothing_to_encode(self.thinker, batch)
-        return Sums(ce_sum.unsqueeze(0), *routed(router_logits, self.top_k))
+        return Sums(ce_sum.unsqueeze(0), *routed([logits_TE[:real] for logits_TE in router_logits], self.top_k))
 
 
 def nothing_to_encode(thinker: Thinker, batch: Batch) -> Tensor:

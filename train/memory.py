@@ -22,7 +22,8 @@ from dataclasses import dataclass, replace
 from models.audio_encoder import num_audio_tokens
 from models.config import TextConfig
 from models.omni_config import OmniConfig
-from train.activations import Cut, Pack, Piece, audio, decoder_layer, head, talker_front, vision
+from train.activations import Cut, Pack, Piece, audio, decoder_layer, head, recomputed, vision
+from train.activations_talker import talker_front
 from train.engine_state import Job, State, size_of
 from train.parallel import Layout, Model, first_layers, thinker_of
 from train.stages import encoder_layers, head_layers, stage_layers
@@ -201,6 +202,8 @@ def cut_of(layout: Layout, job: Job) -> Cut:
         recompute=layout.recompute and not auto,
         dispatched=layout.name == "megatron" or auto,
         grouped=auto,
+        layers=layout.recompute_layers,
+        tiles=layout.tiles,
         megatron=layout.name == "megatron",
     )
 
@@ -209,7 +212,12 @@ def cut_layers(text: TextConfig, pack: Pack, cut: Cut, layout: Layout, count: in
     """So many decoder layers of a rank."""
     layer = decoder_layer(text, pack, cut)
     if layout.recompute_layers:
-        layer = recomputed(layer, pack.tokens // (layout.tp * layout.cp) * text.hidden_size * cut.size)
+        tokens = pack.tokens // (layout.tp * layout.cp)
+        stream = tokens * text.hidden_size * cut.size
+        # what routers chose leaves the layer, for the balance loss; under Megatron that is in the layer
+        routed = 0 if layout.name == "megatron" else tokens * text.num_experts * 4
+        waits = layout.offload_activations and cut.kernels == "cuda"  # in host memory
+        layer = recomputed(layer, routed + (0 if waits else stream))
     return layer * count
 
 
@@ -228,16 +236,6 @@ def encoders(model: Model, layout: Layout, job: Job, cut: Cut) -> list[Piece]:
             sizes["kept"] *= job.microbatches
         parted.append(replace(piece, **sizes))
     return parted
-
-
-def recomputed(layer: Sequence[Piece], stream: int) -> list[Piece]:
-    """A layer of which only the input is kept; backward makes the rest again, and has all of it at the end."""
-    kept = sum(piece.kept for piece in layer)
-    most = max(piece.backward for piece in layer)
-    out = [replace(piece, kept=0, forward=max(piece.forward, piece.kept), backward=0) for piece in layer]
-    out[0] = replace(out[0], kept=stream)
-    out[-1] = replace(out[-1], backward=kept + most)
-    return out
 
 
 def fullest(pieces: Sequence[Piece], state: State, train: Collection[str], every: Sequence[Piece]) -> Counter[str]:

@@ -39,7 +39,7 @@ class Degrees:
     pp: int = 1
     """megatron: pipeline stages."""
     cp: int = 1
-    """megatron: context parallel degree: ranks that share a pack's tokens."""
+    """megatron, deepspeed: context parallel degree: ranks that share a pack's tokens. Under deepspeed by Ulysses."""
     expert_tp: int = 1
     """megatron: tensor parallel degree of the experts."""
     interleave: int = 1
@@ -47,7 +47,12 @@ class Degrees:
     recompute: bool = False
     """Recompute the experts' activations in backward instead of keeping them."""
     recompute_layers: bool = False
-    """megatron: recompute whole decoder layers in backward."""
+    """Recompute whole decoder layers in backward: of each its input alone is kept."""
+    offload_activations: bool = False
+    """local, deepspeed: those inputs wait for backward in host memory. Needs recompute_layers."""
+    tiles: int = 1
+    """local, deepspeed: parts in which a pack's tokens pass the experts of a layer, and its sound the convolutions of
+    the audio encoder, each recomputed in backward: of their activations those of one part exist."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +118,7 @@ def check_layout(model: Model, layout: Layout) -> None:
         _check_flat(layout)
     elif layout.offload:
         raise EngineError("engine.offload=true is deepspeed's; set it to false or take engine.name=deepspeed")
+    check_long(model, layout)
     if layout.name == "deepspeed" and layout.zero not in (1, 2, 3):
         raise EngineError(f"engine.zero={layout.zero}; it is 1, 2 or 3")
     for name, text in decoders(model):
@@ -122,17 +128,44 @@ def check_layout(model: Model, layout: Layout) -> None:
 
 
 def _check_flat(layout: Layout) -> None:
-    """Only megatron cuts the dense layers, the tokens and the stack of layers."""
-    for name in ("tp", "pp", "cp", "expert_tp", "interleave"):
+    """Only megatron cuts the dense layers and the stack of layers."""
+    for name in ("tp", "pp", "expert_tp", "interleave"):
         if getattr(layout, name) > 1:
             raise EngineError(f"engine.{name}={getattr(layout, name)} needs engine.name=megatron, not {layout.name}")
-    if layout.recompute_layers:
-        raise EngineError(f"engine.recompute_layers=true needs engine.name=megatron, not {layout.name}")
     if layout.name == "local":
         if layout.world > 1:
             raise EngineError("engine.name=local is one process; with torchrun use deepspeed or megatron")
         if layout.ep > 1:
             raise EngineError(f"engine.ep={layout.ep} needs engine.name=deepspeed or megatron, not local")
+
+
+def check_long(model: Model, layout: Layout) -> None:
+    """Raise EngineError, one line that names the setting, for means against long packs that cannot be."""
+    if layout.tiles < 1:
+        raise EngineError(f"engine.tiles={layout.tiles}: it must be at least 1")
+    if layout.offload_activations and not layout.recompute_layers:
+        raise EngineError(
+            "engine.offload_activations=true keeps inputs of layers: set engine.recompute_layers=true too"
+        )
+    if layout.name == "megatron":
+        if layout.offload_activations:
+            raise EngineError("engine.offload_activations=true: megatron does not; set it to false, raise engine.cp")
+        if layout.tiles > 1:
+            raise EngineError(f"engine.tiles={layout.tiles}: megatron does not; set engine.recompute=true")
+        return
+    if layout.cp == 1:
+        return
+    if layout.name == "local":
+        raise EngineError(f"engine.cp={layout.cp} needs engine.name=deepspeed or megatron, not local")
+    if layout.world % layout.cp:
+        raise EngineError(f"engine.cp={layout.cp} does not divide the {layout.world} processes of the run")
+    text = thinker_of(model).text
+    heads, groups = text.num_attention_heads, text.num_key_value_heads
+    if heads % layout.cp or (groups % layout.cp and layout.cp % groups):
+        raise EngineError(
+            f"engine.cp={layout.cp} must divide the {heads} attention heads of the thinker, and divide its {groups} "
+            "key-value heads or be a multiple of them"
+        )
 
 
 def _check_ranks(layout: Layout) -> None:
@@ -196,6 +229,8 @@ def check_sequence(layout: Layout, tokens: int) -> None:
     """Raise EngineError for packs of `tokens` that the ranks of a replica cannot share evenly."""
     if layout.tp * layout.cp == 1:
         return
+    if layout.name == "deepspeed":
+        return  # packs are padded, and attention's work is even over heads
     parts = 2 * layout.cp * layout.tp  # each context rank has an early and a late stretch, so that work is even
     if tokens % parts:
         raise EngineError(

@@ -119,6 +119,10 @@ def estimate(
     tensor = 5 * (layout.tp - 1) * passing * stream * layers * (1.4 if layout.recompute_layers else 1.0)
     pairs = 2 * text.num_key_value_heads // layout.tp * text.head_dim * size
     context = 2 * (layout.cp - 1) * (pack.tokens / layout.cp) * microbatches * pairs * layers
+    if layout.name == "deepspeed":  # q, k, v and the output change places, forward and backward
+        heads = 2 * text.num_attention_heads + 2 * max(text.num_key_value_heads, layout.cp)
+        context = 2 * passing * (1 - 1 / layout.cp) * heads * text.head_dim * size * layers
+        context *= 1.5 if layout.recompute_layers else 1.0
     stages = 2 * passing * stream * layout.interleave * (layout.pp > 1)
     data = data_bytes(model, layout, microbatches, size)
     inside = layout.tp * layout.cp <= per_node

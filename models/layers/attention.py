@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -43,17 +43,32 @@ class Bucket:
     real_NL: Tensor | None
 
 
+class Across(Protocol):
+    """`size` ranks that hold a pack together, each as many of its tokens, in order of rank."""
+
+    @property
+    def size(self) -> int:
+        """How many."""
+        ...
+
+    def attend(self, q_SHC: Tensor, k_SGC: Tensor, v_SGC: Tensor, segments: Segments) -> Tensor:
+        """Causal attention over the whole pack for the S tokens here, [S, H, C]."""
+        ...
+
+
 @dataclass(frozen=True)
 class Segments:
     """How a pack divides, worked out once per forward and shared by all layers.
 
     `back_T` says where each token lies after the buckets are laid end to end; None where they are in order already.
+    `across` is set where several ranks hold the pack together: queries, keys and values are of the tokens here.
     """
 
     lengths: tuple[int, ...]
     buckets: tuple[Bucket, ...]
     back_T: Tensor | None
     bounds: Tensor  # int32 [segments + 1], for the variable-length kernel
+    across: Across | None = None
 
 
 def _class_of(length: int, index: int) -> tuple[int, int]:
@@ -95,6 +110,8 @@ def attend(q_THC: Tensor, k_TGC: Tensor, v_TGC: Tensor, segments: Segments, *, c
 
     q [T, H, C], k and v [T, G, C] in one float dtype -> [T, H, C]. T may be 0.
     """
+    if segments.across is not None:
+        return segments.across.attend(q_THC, k_TGC, v_TGC, segments)
     if not segments.lengths:
         return q_THC + (k_TGC.sum() + v_TGC.sum())  # empty, and gradients are zero rather than None
     if (

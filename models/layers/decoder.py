@@ -16,6 +16,7 @@ from models.layers.cache import KVCache
 from models.layers.moe import MoE, SharedMoE
 from models.layers.norm import RMSNorm
 from models.layers.rope import rotate
+from models.layers.saving import Saves
 
 
 class Attention(nn.Module):
@@ -52,7 +53,7 @@ class Attention(nn.Module):
         return self.o_proj(out_THC.flatten(1))
 
 
-class DecoderLayer(nn.Module):
+class DecoderLayer(Saves):
     """Pre-norm residual layer."""
 
     def __init__(self, config: TextConfig, recompute_experts: bool) -> None:
@@ -70,6 +71,5 @@ class DecoderLayer(nn.Module):
         """[T, D] -> [T, D] and router logits float32 [T, E]."""
         attended_TD = self.self_attn(self.input_layernorm(x_TD), cos_TC, sin_TC, segments, cache, layer)
         x_TD = x_TD + attended_TD
-        # [1, T, D]: the expert-parallel block that DeepSpeed may have put here reads a batch dimension.
-        out, logits_TE = self.mlp(self.post_attention_layernorm(x_TD).unsqueeze(0))
-        return x_TD + out.view_as(x_TD), logits_TE
+        out_TD, logits_TE = self.saving.block(self.mlp, self.post_attention_layernorm(x_TD))
+        return x_TD + out_TD, logits_TE

@@ -74,20 +74,28 @@ def attend_pieces(q_SHC: Tensor, k_TGC: Tensor, v_TGC: Tensor, pieces: Pieces) -
         bounds = pieces.query_bounds, pieces.key_bounds
         # causal for the last rows of the keys: the kernel aligns queries and keys at their ends
         return kernel(q_SHC, k_KGC, v_KGC, *bounds, *most, window_size=(-1, 0), enable_gqa=grouped)
+    longest = max((p.last - p.first for p in pieces.all), default=0)
+    above = torch.ones(STRIP, longest, dtype=torch.bool, device=q_SHC.device).triu_(longest - STRIP + 1)
+    mask = torch.zeros(STRIP, longest, dtype=q_SHC.dtype, device=q_SHC.device).masked_fill_(above, float("-inf"))
     out = [
-        _strip(q_SHC, k_TGC, v_TGC, piece, start, min(start + STRIP, piece.stop), grouped)
+        _strip(q_SHC, k_TGC, v_TGC, piece, start, min(start + STRIP, piece.stop), grouped, mask)
         for piece in pieces.all
         for start in range(piece.start, piece.stop, STRIP)
     ]
     return torch.cat(out)
 
 
-def _strip(q_SHC: Tensor, k_TGC: Tensor, v_TGC: Tensor, piece: Piece, start: int, stop: int, grouped: bool) -> Tensor:
-    """Queries [start, stop) of a piece, [stop - start, H, C]."""
+def _strip(
+    q_SHC: Tensor, k_TGC: Tensor, v_TGC: Tensor, piece: Piece, start: int, stop: int, grouped: bool, mask: Tensor
+) -> Tensor:
+    """Queries [start, stop) of a piece, [stop - start, H, C]. `mask` is of STRIP queries, whose last sees all keys.
+
+    Its corner is a view: a mask of its own for each strip would be kept for backward, T^2 of them in all.
+    """
     last = piece.last - (piece.stop - stop)
     q, k, v = (
         x.transpose(0, 1).unsqueeze(0) for x in (q_SHC[start:stop], *(x[piece.first : last] for x in (k_TGC, v_TGC)))
     )
     queries, keys = stop - start, last - piece.first
-    seen = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril_(keys - queries)
+    seen = mask[STRIP - queries :, mask.shape[1] - keys :]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=grouped)[0].transpose(0, 1)

@@ -223,6 +223,12 @@ CASES = (
     Case("long, bf16", TINY, (2000,), engine=BF16),
     Case("long, recomputed", TINY, (2000,), engine=LESS),
     Case("long, recomputed, bf16", TINY, (2000,), engine=BF16 | LESS),
+    Case("long, layers recomputed", TINY | {"layers": 6}, (2000,), engine=LAYERS),
+    Case("long, layers recomputed, bf16", TINY | {"layers": 6}, (2000,), engine=BF16 | LAYERS),
+    Case("long, tiles", TINY, (2000,), engine={"tiles": 4}),
+    Case("long, layers recomputed, tiles", TINY | {"layers": 6}, (2000,), engine=LAYERS | {"tiles": 4}),
+    Case("media, layers recomputed", {}, (800,), mels=(3000,), grids=((2, 24, 24),), engine=LAYERS),
+    Case("sound, layers recomputed, tiles", {"sees": False}, (800,), mels=(3000, 1250), engine=LAYERS | {"tiles": 4}),
     Case("short documents", TINY, (300, 300, 300, 100, 100)),
     Case("sound and pictures", {}, (800,), mels=(3000,), grids=((2, 24, 24),)),
     Case("sound and pictures, bf16", {}, (800,), mels=(3000,), grids=((2, 24, 24),), engine=BF16),
@@ -255,6 +261,18 @@ CASES = (
         for zero in (1, 2, 3)
         for ep in (1, 2)
         for precision in ("fp32", "bf16")
+    ),
+    *(
+        Case(
+            f"zero {zero}, cp 2, {said}",
+            MANY,
+            (1000, 200, 104),
+            engine={"name": "deepspeed", "zero": zero, "cp": 2} | more,
+            world=2,
+            within=0.14 if zero == 3 else 0.05,
+        )
+        for zero in (2, 3)
+        for said, more in (("fp32", {}), ("layers", LAYERS))
     ),
     *(
         Case(

@@ -175,7 +175,8 @@ def check_identity(manifest: Manifest, identity: Mapping[str, Any]) -> None:
     wanted = dict(_flatten(json.loads(json.dumps(identity))))  # tuples become lists, as they did on the way in
     for key in sorted(stored.keys() | wanted.keys()):
         there, here = stored.get(key, "absent"), wanted.get(key, "absent")
-        if there != here:
+        unset = here is None and there == "absent"  # a setting that did not exist yet
+        if there != here and not unset:
             raise CheckpointError(
                 f"{manifest.folder}: checkpoint of another model: {key} is {there} there and {here} in this recipe; "
                 "use that model, or another run folder"

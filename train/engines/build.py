@@ -16,7 +16,7 @@ from train.engines.setup import EngineSetup
 from train.errors import EngineError
 from train.fits import GB, check_fits
 from train.lora import check_engine
-from train.parallel import Degrees, Layout, check_layout, check_sequence
+from train.parallel import Degrees, Layout, check_layout, check_long, check_sequence
 from train.waveform_config import DECODER_PHASES
 
 
@@ -28,6 +28,7 @@ def build_engine(setup: EngineSetup) -> Engine:
     if setup.lora is not None:
         named = setup.build_objective(drawn=False).model.named_parameters()
         check_engine(setup.engine, (name for name, _ in named))
+    _check_long(setup)
     if setup.engine.name == "deepspeed":
         from train.engines.deepspeed import DeepSpeedEngine
 
@@ -42,6 +43,23 @@ def build_engine(setup: EngineSetup) -> Engine:
 def layout_of(setup: EngineSetup) -> Layout:
     """Its degrees on the processes there are."""
     return Layout(**{each.name: getattr(setup.engine, each.name) for each in fields(Degrees)}, world=ranks.world())
+
+
+def _check_long(setup: EngineSetup) -> None:
+    """Refuse settings for long packs that do not go together."""
+    layout, phase = layout_of(setup), f"phases.{setup.phase_name}.speech={setup.phase.speech}"
+    check_long(setup.model, layout)
+    if layout.name != "deepspeed" or layout.cp == 1:
+        return
+    if setup.phase.speech != "off":
+        raise EngineError(
+            f"{phase}: engine.cp={layout.cp} under deepspeed is for phases of the Thinker alone; set engine.cp=1 or "
+            "take engine.name=megatron"
+        )
+    if not setup.engine.share_encoders:
+        raise EngineError(
+            f"engine.share_encoders=false: engine.cp={layout.cp} under deepspeed needs it; set it to true"
+        )
 
 
 def _check_memory(setup: EngineSetup, layout: Layout) -> None:

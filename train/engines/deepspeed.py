@@ -49,6 +49,7 @@ from train.engines.setup import (
     stats_of,
     sums_of_eval,
 )
+from train.engines.ulysses import Replica
 from train.errors import EngineError
 from train.loss import balance_losses, next_share, weighted
 from train.optim import set_lr
@@ -87,7 +88,9 @@ class DeepSpeedEngine(Scoring):
         deepspeed = import_deepspeed(setup.device)
         ranks.ensure_group(setup.device)
         self.setup, self.device, self.stage = setup, setup.device, setup.engine.zero
-        self.shard, self.is_main = Shard(ranks.rank(), ranks.world()), ranks.rank() == 0
+        self.replica = Replica.form(setup.engine.cp, setup.thinker) if setup.engine.cp > 1 else None
+        self.shard = self.replica.shard if self.replica else Shard(ranks.rank(), ranks.world())
+        self.is_main = ranks.rank() == 0
         objective = setup.build_objective()
         for family in objective.families:
             check_degrees(setup.engine.ep, family.experts, ranks.world())
@@ -109,7 +112,7 @@ class DeepSpeedEngine(Scoring):
         self.optimizer = self.zero.optimizer
         expose_router_logits(self.objective)
         self.shares = first_shares(self.objective, self.device)
-        self._sharing = setup.engine.share_encoders and self.shard.count > 1 and setup.encodes
+        self._sharing = setup.engine.share_encoders and ranks.world() > 1 and setup.encodes
         if initial is not None:
             self.restore(_Initial(initial), optimizer_step=0)
 
@@ -119,24 +122,25 @@ class DeepSpeedEngine(Scoring):
 
     def _own_part(self, whole: Tensor) -> tuple[int, Tensor]:
         """Start and fp32 copy of this rank's part of a frozen parameter."""
-        size = -(-whole.numel() // self.shard.count)
-        start = min(self.shard.index * size, whole.numel())
+        size = -(-whole.numel() // ranks.world())
+        start = min(ranks.rank() * size, whole.numel())
         return start, whole.reshape(-1)[start : start + size].float().cpu().clone()
 
     def train_step(self, microbatches: Sequence[Batch], lr: float) -> StepStats:
         """See train.engines.Engine."""
         self.engine.train()
         objective, mine = self.objective, self.objective.totals(microbatches)
-        totals = mine.like(ranks.total(mine.vector().to(self.device)))
+        totals = mine.like(ranks.total(mine.vector().to(self.device) * self.shard.leads))
         found_K = torch.zeros(len(objective.terms) + 1, dtype=torch.float64)  # the last is the balance loss
         counts = [torch.zeros_like(share_LE) for share_LE in self.shares]
-        shared = SharedEncoding(microbatches, self.setup.thinker, self.device, self.engine) if self._sharing else None
+        shared = self._shared(microbatches) if self._sharing else None
         parts = list(shared.parts()) if shared else [(batch, None) for batch in microbatches]
         for number, (batch, features) in enumerate(parts, 1):
-            sums = self.engine(batch.to(self.device), features)
+            batch, *part = self.replica.cut(batch) if self.replica else (batch,)
+            sums = self.engine(batch.to(self.device), features, *part)
             balance_share = balance_losses(self.shares, sums.probs, totals.tokens)
             share = weighted(sums.losses_K, objective.terms, totals) + self.setup.loss.balance * balance_share
-            self._backward(share * self.shard.count, last=number == len(parts) and not (shared and shared.learns))
+            self._backward(share * ranks.world(), last=number == len(parts) and not (shared and shared.learns))
             found_K += torch.cat([sums.losses_K, balance_share.to(sums.losses_K).view(1)]).detach().cpu().double()
             counts = [count_LE + more_LE for count_LE, more_LE in zip(counts, sums.counts, strict=True)]
         if shared and shared.learns:
@@ -151,6 +155,11 @@ class DeepSpeedEngine(Scoring):
         counts = [values.view(count_LE.shape).float() for values, count_LE in zip(flat, counts, strict=True)]
         self.shares = [next_share(count_LE).to(self.device) for count_LE in counts]
         return stats_of(objective, totals, found_K[:-1], float(found_K[-1]), grad_norm, self.shares)
+
+    def _shared(self, batches: Sequence[Batch]) -> SharedEncoding:
+        deals = self.replica.deals(batches) if self.replica else None
+        mine = self.replica.present(batches) if self.replica else batches
+        return SharedEncoding(mine, self.setup.thinker, self.device, self.engine, deals)
 
     def _nothing(self) -> Tensor | float:
         """Zero, for a backward that no forward precedes and that reaches the encoders only.

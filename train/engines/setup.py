@@ -20,6 +20,7 @@ from data.types import Batch
 from models.config import ThinkerConfig, TranscriberConfig
 from models.generate import greedy
 from models.init import init_scale, init_tensor, init_weights
+from models.layers.saving import Saving, keep_less
 from models.omni import Omni
 from models.omni_config import OmniConfig
 from models.thinker import Thinker
@@ -93,6 +94,7 @@ class EngineSetup:
                 model = Transcriber(self.model)
             else:
                 model = Thinker(self.model, recompute_experts=recompute)
+        keep_less(model, Saving(self.engine.recompute_layers, self.engine.offload_activations, self.engine.tiles))
         if drawn:
             init_weights(model, self.seed)
         if self.phase.speech == "adversarial" and isinstance(model, Omni):

@@ -99,7 +99,7 @@ class Cut:
     def tokens(self, text: TextConfig, position_ids: Tensor, doc_lengths: Sequence[int], dtype: torch.dtype) -> Tokens:
         """What the layers must know; position ids float [3, real]."""
         positions_3S = self.pad(position_ids)[:, self.rows_S]
-        turns = angles(positions_3S, text.head_dim, text.rope_theta, text.mrope_section)
+        turns = angles(positions_3S, text.head_dim, text.rope_theta, text.mrope_section, text.rope_scaling)
         cos_SC, sin_SC = (turn_SC.to(dtype) for turn_SC in turns)
         lengths, device = self.lengths(doc_lengths), position_ids.device
         if self.pack_order is None:

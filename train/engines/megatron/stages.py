@@ -25,6 +25,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from models.config import TextConfig, ThinkerConfig
+from models.layers.saving import Saving, keep_less
 from models.talker import Talker
 from models.thinker import Media, Thinker
 from train.config import EngineConfig
@@ -100,6 +101,7 @@ class ThinkerStage(Stage):
             peers: Peers = args[3]
             with torch.device("meta"):
                 whole = Thinker(thinker)
+            keep_less(whole, Saving(layers=self.config.recompute_granularity == "full"))
             self.encoders = made(Encoders(whole, peers.tp_cp), self.config)
             self.embedding = embedding(thinker.text.vocab_size, self.config)
 
