@@ -233,9 +233,14 @@ class Plan:
         """Asked beside realised shares of the tokens before `step`, and epochs so far, as lines of a table."""
         if self._shares is None:
             return []
+        return table(self.groups, [*self.asked(step).values()], [*self.realised(step).values()], self.tally.tokens)
+
+    def asked(self, step: int) -> dict[GroupName, float]:
+        """Share of the tokens that the mixture asks of each source and language before `step`: they sum to 1."""
+        assert self._shares is not None, "the plan has no mixture"
         mark, _ = self._before(step * self.settings.sequences_per_step)
-        active = self._order.active(mark.state)
-        return table(self.groups, self._shares.of(active), [*self.realised(step).values()], self.tally.tokens)
+        shares = self._shares.of(self._order.active(mark.state))
+        return dict(zip(self.groups, shares, strict=True))
 
     def cursor(self, step: int) -> Cursor:
         """Where a run that goes on with `step` may begin. Cheap for steps near those asked for last."""

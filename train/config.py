@@ -190,9 +190,17 @@ class LogConfig:
 
     every: int = 10
     """Steps between lines."""
+    experts_every: int = 100
+    """Steps between lines of expert shares by layer and modality; 0: none."""
+    view: str = "auto"
+    """What the terminal shows: rich (a live table, on a terminal only), bar (one line), off (what happens alone), or
+    auto: rich on a terminal and bar elsewhere."""
+    tensorboard: bool = False
+    """Also write events to RUN/tensorboard."""
     wandb: str = "off"
-    """off, offline or online."""
+    """off, offline or online. A server that cannot be reached is said, and the run kept offline."""
     project: str = "omniloom"
+    """Of wandb."""
     keys: bool = False
     """Also write the keys of every sample consumed, per rank: proof of exact resume."""
 

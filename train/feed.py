@@ -67,6 +67,12 @@ class Course:
         total = max(sum(tokens.values()), 1)
         return {"/".join(name): round(count / total, 6) for name, count in tokens.items()}
 
+    def asked(self, step: int) -> dict[str, float]:
+        """The shares that the mixture asks for at `step`, named as by `shares`; empty without a mixture."""
+        if self.plan.settings.mixture is None:
+            return {}
+        return {"/".join(name): round(share, 6) for name, share in self.plan.asked(step - self.origin).items()}
+
     def report(self, step: int) -> list[str]:
         """Asked and realised shares before `step`, as lines of a table; none without a mixture."""
         lines = self.plan.mixture_report(step - self.origin)

@@ -24,7 +24,7 @@ def fit(engine: Engine, stream: Iterable[tuple[int, Sequence[Batch]]], span: Spa
     for step, microbatches in stream:
         waited = time.monotonic() - asked
         lr = lr_at(step, span.start, span.phase, recipe.optim)
-        stats = engine.train_step(microbatches, lr)
+        stats = engine.train_step(microbatches, lr, run.meters.look(step + 1))
         step += 1
         run.consumed(step, microbatches)
         run.meters.update(step, stats, microbatches, lr=lr, phase=span.name, wait=waited)

@@ -30,15 +30,17 @@ from torch import Tensor, nn
 from data.types import Batch
 from models.layers.attention import Across
 from models.thinker import Features, Media, Thinker
+from train.media import IGNORE, by_kind, by_media, kinds_of, media_of
 
-IGNORE = -100
 SHARE = "router.expert_share"  # name of the Thinker's expert shares in a checkpoint
 MAX_LOGITS = 40_000_000  # 160 MB in fp32: 263 targets of the released vocabulary
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, max_logits: int) -> Tensor:
+    def forward(
+        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, max_logits: int, losses_N: Tensor | None
+    ) -> Tensor:
         want_hidden, want_weight = ctx.needs_input_grad[:2]
         total = hidden_ND.new_zeros((), dtype=torch.float32)
         grad_hidden_ND = torch.empty_like(hidden_ND) if want_hidden else None
@@ -52,7 +54,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             right_C1 = exp_CV.gather(1, target_C1)
             exp_CV.sub_(peak_C1).exp_()  # in place: the logits become, up to a factor per row, their own gradient
             sum_C1 = exp_CV.sum(-1, keepdim=True)
-            total += (sum_C1.log() + peak_C1 - right_C1).sum()
+            loss_C1 = sum_C1.log() + peak_C1 - right_C1
+            total += loss_C1.sum()
+            if losses_N is not None:
+                losses_N[start : start + rows] = loss_C1.squeeze(1)
             exp_CV.scatter_add_(1, target_C1, -sum_C1)
             grad_CV = exp_CV.to(weight_VD.dtype)
             if grad_hidden_ND is not None:
@@ -76,6 +81,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             None if weight_VD is None else weight_VD.mul_(grad).to(ctx.dtype),
             None,
             None,
+            None,
         )
 
 
@@ -88,7 +94,12 @@ def _add_product(total_VD: Tensor, a_VC: Tensor, b_CD: Tensor, *, first: bool) -
 
 
 def cross_entropy_sum(
-    hidden_TD: Tensor, weight_VD: Tensor, *, labels_T: Tensor, max_logits: int = MAX_LOGITS
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    *,
+    labels_T: Tensor,
+    max_logits: int = MAX_LOGITS,
+    losses_T: Tensor | None = None,
 ) -> Tensor:
     """Sum of the cross-entropy over the positions with a label, fp32 scalar.
 
@@ -97,11 +108,16 @@ def cross_entropy_sum(
         weight_VD: the output head, same dtype.
         labels_T: int64, already shifted; -100 where there is nothing to predict.
         max_logits: logits that exist at a time; at least one row.
+        losses_T: fp32, takes the loss of each position with a label; without gradient.
     """
     index_N = (labels_T != IGNORE).nonzero().squeeze(1)
-    return _ChunkedCrossEntropy.apply(
-        hidden_TD.index_select(0, index_N), weight_VD, labels_T.index_select(0, index_N), max_logits
+    losses_N = None if losses_T is None else losses_T.new_empty(len(index_N))
+    total = _ChunkedCrossEntropy.apply(
+        hidden_TD.index_select(0, index_N), weight_VD, labels_T.index_select(0, index_N), max_logits, losses_N
     )
+    if losses_T is not None and losses_N is not None:
+        losses_T[index_N] = losses_N
+    return total
 
 
 class Sums(NamedTuple):
@@ -110,6 +126,8 @@ class Sums(NamedTuple):
     losses_K: Tensor  # fp32, with gradient: one a term
     probs: tuple[Tensor, ...]  # fp32 [L, E], with gradient, one a stack of routers: router probabilities over tokens
     counts: tuple[Tensor, ...]  # fp32 [L, E]: assignments of each expert
+    media: Tensor | None = None  # float64 [2, G]: the Thinker's loss by media of documents, train.media.by_media
+    kinds: Tensor | None = None  # float64 [kinds, L, E]: its assignments by kind of token, where `counts_kinds`
 
 
 @dataclass(frozen=True)
@@ -146,6 +164,7 @@ class Part:
 
     across: Across
     real: int  # tokens here; padding follows them
+    media_T: Tensor  # which media the document of each token here holds (train.media.media_of)
 
 
 @dataclass(frozen=True)
@@ -174,6 +193,7 @@ class Objective(nn.Module):
 
     prefix = "thinker."
     terms: tuple[Term, ...] = (Term("text"),)
+    counts_kinds = False  # whether experts are counted by kind of token
 
     def __init__(self, thinker: Thinker, *, top_k: int, max_logits: int) -> None:
         super().__init__()
@@ -206,14 +226,31 @@ class Objective(nn.Module):
         """
         if isinstance(batch, Media):
             return self.thinker.encode(batch)
-        across, real = (part.across, part.real) if part is not None else (None, None)
+        across, real, media_T = (part.across, part.real, part.media_T) if part is not None else (None, None, None)
         inputs = inputs_of(batch), pictures_of(batch)
         hidden_TD, router_logits = self.thinker(*inputs[0], **inputs[1], features=features, across=across)
-        head = partial(cross_entropy_sum, labels_T=batch.labels_T, max_logits=self.max_logits)
-        ce_sum = self.thinker.lm_head(hidden_TD, head)
+        ce_sum, media = text_loss(self.thinker, hidden_TD, batch, self.max_logits, media_T)
         if features is not None:
             ce_sum = ce_sum + nothing_to_encode(self.thinker, batch)
-        return Sums(ce_sum.unsqueeze(0), *routed([logits_TE[:real] for logits_TE in router_logits], self.top_k))
+        router_logits = [logits_TE[:real] for logits_TE in router_logits]
+        kinds_T = kinds_of(self.thinker.config, batch.token_ids_T)[:real]
+        kinds = by_kind(router_logits, self.top_k, kinds_T) if self.counts_kinds else None
+        return Sums(ce_sum.unsqueeze(0), *routed(router_logits, self.top_k), media, kinds)
+
+
+def text_loss(
+    thinker: Thinker, hidden_TD: Tensor, batch: Batch, max_logits: int, media_T: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Sum of the Thinker's cross-entropy, and the same by media of documents (train.media.by_media).
+
+    `media_T` says what media the document of each token holds, where the batch is a stretch of a pack.
+    """
+    losses_T = torch.zeros(len(hidden_TD), device=hidden_TD.device)
+    head = partial(cross_entropy_sum, labels_T=batch.labels_T, max_logits=max_logits, losses_T=losses_T)
+    ce_sum = thinker.lm_head(hidden_TD, head)
+    if media_T is None:
+        media_T = media_of(kinds_of(thinker.config, batch.token_ids_T), batch.doc_lengths)
+    return ce_sum, by_media(losses_T, batch.labels_T, media_T.to(losses_T.device))
 
 
 def nothing_to_encode(thinker: Thinker, batch: Batch) -> Tensor:

@@ -43,7 +43,7 @@ from train.hidden import cached_course
 from train.journey import travel
 from train.layout import joining_ids
 from train.loop import fit
-from train.metrics import Meters, draw_curves
+from train.metrics import About, Meters, draw_curves
 from train.parallel import Model, thinker_of
 from train.progress import Progress
 from train.recipe import Span, load_recipe, spans
@@ -223,6 +223,13 @@ def open_run(
         peak_flops=peak_flops(setup.device) if setup.phase.speech == "off" else 0.0,
         num_skipped=manifest.info["counters"]["skipped"] if manifest else 0,
         enabled=ranks.rank() == 0,
+        about=About(
+            first_step=span.start,
+            total_steps=min(spans(recipe)[-1].stop, recipe.max_steps or spans(recipe)[-1].stop),
+            positions=setup.sequence_length * setup.sequences_per_step if setup.encodes else 0,
+            leads=shard.leads,
+            device=setup.device,
+        ),
     )
     saver = Saver(
         folder,

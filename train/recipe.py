@@ -36,6 +36,7 @@ from train.typed import build, nearest, paths
 from train.waveform_config import DECODER_PHASES
 
 WAYS = ("off", "live", "detached", "frozen", "cached", "preference", *DECODER_PHASES)  # of phases.X.speech
+VIEWS = ("auto", "bar", "rich", "off")  # of log.view
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
 
@@ -219,6 +220,9 @@ def _validate(recipe: Recipe) -> None:
     _one_of("log.wandb", recipe.log.wandb, ("off", "offline", "online"))
     check_sets(recipe.eval)
     _one_of("carry", recipe.carry, ("weights", "optimizer"))
+    _one_of("log.view", recipe.log.view, VIEWS)
+    if recipe.log.experts_every < 0:
+        raise RecipeError(f"log.experts_every={recipe.log.experts_every}: it must be 0 (off) or more")
     try:
         recipe.data.validate()
         for name, phase in recipe.phases.items():

@@ -1,7 +1,7 @@
 """A run: its folder, its meters, its checkpoints, its signals. The loop's only side effects go through here.
 
 outputs/NAME/recipe.yaml      the resolved recipe
-             metrics.jsonl    one line every log.every steps; evaluations too
+             metrics.jsonl    one line every log.every steps; evaluations too (docs/metrics.md)
              checkpoints/     step-00001234/, latest
              eval/            JSON of every evaluation
              curves.png
@@ -142,7 +142,7 @@ class Run:
         }
         self.meters.exclude(self.saver.save(step, engine.fragments(), info))
         if shares := self.course.shares(step):
-            self.meters.record(step, {"mixture": shares})
+            self.meters.record(step, {"mixture": shares, "asked": self.course.asked(step)})
 
     def evaluate(self, engine: Engine, step: int) -> bool:
         """Evaluate on every set and record the results; whether this step's weights are the best so far. Collective."""
@@ -163,13 +163,17 @@ class Run:
 
     def close(self) -> None:
         """Wait until the last checkpoint is published, end the meters, and listen to signals no longer."""
-        self.saver.close()
-        if ranks.rank() == 0 and self.progress.best_step is not None:  # the last evaluation comes after the last save
-            try:
-                name_best(self.folder / "checkpoints", self.progress.best_step)
-            except OSError as error:
-                self.meters.say(f"checkpoints/best could not be written: {error.strerror or error}")
-        self.meters.close()
+        try:
+            self.saver.close()
+            if (
+                ranks.rank() == 0 and self.progress.best_step is not None
+            ):  # the last evaluation comes after the last save
+                try:
+                    name_best(self.folder / "checkpoints", self.progress.best_step)
+                except OSError as error:
+                    self.meters.say(f"checkpoints/best could not be written: {error.strerror or error}")
+        finally:
+            self.meters.close()
         for name, handler in self._handlers.items():  # a command may go on with something else, which Ctrl-C must end
             signal.signal(name, handler)
         if self._keys is not None:

@@ -17,7 +17,6 @@ codebooks.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Literal, get_args
 
 import torch
@@ -39,12 +38,13 @@ from train.loss import (
     Sums,
     Term,
     Totals,
-    cross_entropy_sum,
     inputs_of,
     nothing_to_encode,
     pictures_of,
     routed,
+    text_loss,
 )
+from train.media import by_kind, kinds_of
 from train.speech_loss import RESIDUAL_WEIGHT, code_counts, code_loss_sums
 
 Way = Literal["off", "live", "detached", "frozen", "cached"]
@@ -54,6 +54,7 @@ class SpeechObjective(nn.Module):
     """Model and losses as one module, a train.loss.Objective; parameters that the way leaves out are frozen here."""
 
     prefix = "omni."
+    counts_kinds = False  # whether the Thinker's experts are counted by kind of token
 
     def __init__(
         self,
@@ -129,13 +130,17 @@ class SpeechObjective(nn.Module):
         """
         if isinstance(batch, Media):
             return nothing_heard(self.thinker, batch) if self.way == "cached" else self.thinker.encode(batch)
-        losses, logits, media_MH = self._think(batch, features)
+        losses, logits, media_MH, media = self._think(batch, features)
+        kinds = None
+        if self.counts_kinds and self._thinks:
+            kinds_T = kinds_of(self.thinker.config, batch.token_ids_T)
+            kinds = by_kind(logits[0], self._decoders[0].num_experts_per_tok, kinds_T)
         if self._speaks:
             sums, talker_logits = self._speak(batch, media_MH)
             losses, logits = [*losses, *sums], [*logits, talker_logits]
         found = [routed(each, text.num_experts_per_tok) for each, text in zip(logits, self._decoders, strict=True)]
         probs, counts = (tuple(each[place][0] for each in found) for place in (0, 1))
-        return Sums(torch.stack(losses), probs, counts)
+        return Sums(torch.stack(losses), probs, counts, media, kinds)
 
     def _speak(self, batch: Batch, media_MH: Tensor | None) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """Sums of the Talker's terms, and the logits of its routers."""
@@ -157,23 +162,26 @@ class SpeechObjective(nn.Module):
 
     def _think(
         self, batch: Batch, features: Features | None
-    ) -> tuple[list[Tensor], list[Sequence[Tensor]], Tensor | None]:
-        """Losses and router logits of the Thinker, none where it does not run whole, and what the Talker reads."""
+    ) -> tuple[list[Tensor], list[Sequence[Tensor]], Tensor | None, Tensor | None]:
+        """Losses and router logits of the Thinker, none where it does not run whole, and what the Talker reads.
+
+        Last the losses by media of documents (train.media.by_media).
+        """
         if self.way == "cached":
-            return [], [], batch.media_RH.reshape(-1, self.omni.config.thinker.text.hidden_size)  # none have no width
+            width = self.omni.config.thinker.text.hidden_size  # rows of none have no width
+            return [], [], batch.media_RH.reshape(-1, width), None
         if not self._thinks:
-            return [], [], media_states(self.omni, batch, features, always=True)
+            return [], [], media_states(self.omni, batch, features, always=True), None
         talker, thinker = self.omni.config.talker, self.omni.thinker
         tap = talker.accept_hidden_layer if self._speaks and talker is not None else None
         hidden_TH, logits, *tapped = thinker(*inputs_of(batch), **pictures_of(batch), features=features, tap=tap)
-        head = partial(cross_entropy_sum, labels_T=batch.labels_T, max_logits=self.max_logits)
-        text_sum = thinker.lm_head(hidden_TH, head)
+        text_sum, media = text_loss(thinker, hidden_TH, batch, self.max_logits)
         if features is not None:
             text_sum = text_sum + nothing_to_encode(thinker, batch)
         if not tapped:
-            return [text_sum], [logits], None
+            return [text_sum], [logits], None, media
         states_MH = tapped[0][multimodal_rows(self.omni.config, batch.token_ids_T, batch.doc_lengths)]
-        return [text_sum], [logits], states_MH.detach() if self.way == "detached" else states_MH
+        return [text_sum], [logits], states_MH.detach() if self.way == "detached" else states_MH, media
 
 
 def nothing_heard(thinker: Thinker, media: Media) -> Features:

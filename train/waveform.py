@@ -48,6 +48,7 @@ class WaveformObjective(nn.Module):
     """Decoder and losses as one module; the other parts of the model are frozen here."""
 
     prefix = "omni."
+    counts_kinds = False  # no experts learn here
     max_logits = MAX_LOGITS  # of evaluations of the Thinker
     routers: tuple[Routers, ...] = ()
     families: tuple[Family, ...] = ()

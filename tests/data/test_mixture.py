@@ -202,7 +202,7 @@ def long_tailed(shards: int = 12, count: int = 500) -> list[list[Made]]:
 def test_realised_shares_are_within_a_tenth_of_a_percent_of_the_asked() -> None:
     mixture = Mixture({"web": 3, "speech": 1}, language_temperature=2.0)
     plan = costs_plan(costs_corpus(long_tailed()), mixture=mixture, window=2_000, sequence_length=1_000)
-    asked = dict(zip(plan.groups, plan._shares.of([True] * 4), strict=True))  # type: ignore[union-attr]
+    asked = plan.asked(1_500)
     assert asked["web", "en"] + asked["web", "de"] == pytest.approx(0.75)
     de, en = (tokens**0.5 for tokens in plan.tally.tokens[:2])
     assert plan.groups[0] == ("speech", "de") and asked["speech", "de"] == pytest.approx(0.25 * de / (de + en))

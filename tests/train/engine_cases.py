@@ -20,14 +20,17 @@ from models.config import AudioConfig, TextConfig, ThinkerConfig, VisionConfig
 from models.vision_encoder import num_vision_tokens
 from train import ranks
 from train.config import EngineConfig, LossConfig, OptimConfig, Phase
-from train.engines import MOMENTS, VALUE, WEIGHT, Engine, Shard
+from train.engines import MOMENTS, VALUE, WEIGHT, Engine, Shard, StepStats
 from train.engines.build import build_engine
 from train.engines.setup import EngineSetup
 from train.errors import EngineError
 from train.loss import SHARE
+from train.media import GROUPS
+from train.watch import Look
 
 MELS, WORDS, VIDEO, IMAGE, AUDIO = 128, 60, 61, 62, 63
 PATCH = 24  # values of a patch: 2 x 2 pixels of 3 colours in 2 frames
+TOWERS = 6 + 2 * 8 + 2 * GROUPS  # where in a row the towers' gradient norms begin
 STEPS, SAVED = 5, 3  # steps of a run, and after how many its state is kept
 LAYOUTS = {f"zero{zero}-ep{ep}": (zero, ep) for zero in (1, 2, 3) for ep in (1, 2)}
 PHASE_CASES = (
@@ -126,14 +129,29 @@ def microbatches(step: int, shard: Shard, whole: bool = False) -> list[Batch]:
 
 
 def train(engine: Engine, first: int, last: int, whole: bool = False) -> list[list[float]]:
-    """Steps [first, last): loss, balance loss, gradient norm, counts and expert shares of each."""
+    """Steps [first, last): loss, balance loss, gradient norm, counts and expert shares of each, and what it tells."""
     lr = engine.setup.optim.lr  # type: ignore[attr-defined]
     rows = []
     for step in range(first, last):
-        stats = engine.train_step(microbatches(step, engine.shard, whole), lr)
+        stats = engine.train_step(microbatches(step, engine.shard, whole), lr, Look(norms=True, experts=True))
         row = [stats.loss, stats.balance_loss, stats.grad_norm, stats.num_tokens, stats.num_targets, stats.num_skipped]
-        rows.append(row + stats.expert_shares[SHARE].flatten().tolist())
+        rows.append(row + stats.expert_shares[SHARE].flatten().tolist() + told(stats))
     return rows
+
+
+def told(stats: StepStats) -> list[float]:
+    """What a step tells of towers, documents and tokens; it must add up to the step's own numbers."""
+    seen = stats.seen
+    assert abs(sum(norm**2 for norm in seen.norms.values()) / stats.grad_norm**2 - 1) < 1e-5, seen.norms
+    losses_G, targets_G = seen.media.tolist()
+    if SHARE in stats.expert_shares and "text" in stats.terms:
+        assert abs(sum(losses_G) - stats.terms["text"] * sum(targets_G)) < 1e-5 * sum(losses_G)
+    kinds = [] if seen.kinds is None else seen.kinds.flatten().tolist()
+    if seen.kinds is not None:
+        shares_LE = seen.kinds.sum(0) / seen.kinds.sum((0, 2)).unsqueeze(1)
+        torch.testing.assert_close(shares_LE.float(), stats.expert_shares[SHARE])
+    assert seen.own > 0 and seen.times.keys() <= {"forward", "backward", "forward_backward", "optimizer"}
+    return [*losses_G, *targets_G, *(seen.norms[name] for name in sorted(seen.norms)), *kinds]
 
 
 class State(dict[str, Tensor]):

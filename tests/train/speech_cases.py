@@ -17,13 +17,14 @@ from models.omni import Omni
 from models.omni_config import CodePredictorConfig, OmniConfig, TalkerConfig
 from models.say import media_states, user_positions
 from models.talker_inputs import TalkerPlan, join, plan_document
-from tests.train.engine_cases import LINEAR, MELS, State
+from tests.train.engine_cases import LINEAR, MELS, State, told
 from train import ranks
 from train.config import EngineConfig, LossConfig, OptimConfig, Phase
 from train.engines import VALUE, Engine
 from train.engines.build import build_engine
 from train.engines.setup import EngineSetup
 from train.preference import PreferenceConfig
+from train.watch import Look
 
 WORDS, AUDIO, START, END, SYSTEM, USER, ASSISTANT, LINE, PAD, BOS, EOS = 40, *range(50, 60)
 CODES, GROUPS, STEPS = 16, 3, 3
@@ -136,11 +137,13 @@ def train(engine: Engine, first: int = 0, last: int = STEPS) -> list[list[float]
         mine = halves[engine.shard.index] if engine.shard.count > 1 else halves[0] + halves[1]
         packs = [pack(step, indices, way) for indices in mine]
         packs = [cached(pack, omni) for pack in packs] if way == "cached" else packs
-        stats = engine.train_step(packs, LINEAR["lr"])
+        stats = engine.train_step(packs, LINEAR["lr"], Look(norms=True, experts=True))
         counts = [stats.num_tokens, stats.num_targets]
         shares = [share for name in sorted(stats.expert_shares) for share in stats.expert_shares[name].flatten()]
         terms = [stats.terms[name] for name in sorted(stats.terms)]
-        rows.append([stats.loss, *terms, stats.balance_loss, stats.grad_norm, *counts, *map(float, shares)])
+        rows.append(
+            [stats.loss, *terms, stats.balance_loss, stats.grad_norm, *counts, *map(float, shares), *told(stats)]
+        )
     return rows
 
 

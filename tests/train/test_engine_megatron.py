@@ -125,10 +125,12 @@ def test_phases_with_frozen_parameters(index: int, two: list[dict[str, Any]], fo
         assert any(".experts." in key for key in frozen)
         assert not frozen & set(before.differs(got))
         before = cases.State(got)
-        columns = 3 if precision == "bf16" else None  # rounding sends some tokens to other experts
+        # bf16: rounding sends some tokens to other experts; fp32: AdamW makes rounding of a tower's gradients large
+        columns = 3 if precision == "bf16" else cases.TOWERS
         theirs = [row[:columns] for row in expected_rows[number]]
         assert_close([row[:columns] for row in rows], theirs, rtol=1e-5 if precision == "fp32" else 1e-2)
         if precision == "fp32":
+            assert_close(rows, expected_rows[number], rtol=2e-4)
             for state in (got, expected):
                 state.pop(f"{WEIGHT}|{BIAS}")
             assert_same_state(got, expected, rtol=5e-3)  # AdamW makes rounding of small gradients large

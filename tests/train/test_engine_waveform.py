@@ -15,6 +15,7 @@ from tests.distributed import spawn
 from tests.train import waveform_cases as cases
 from train.engines.build import build_engine
 from train.errors import EngineError
+from train.media import GROUPS
 
 pytest.importorskip("deepspeed", reason="the extra `deepspeed` is not installed")
 
@@ -42,7 +43,8 @@ def test_what_each_way_reports(way: str, local: dict[str, Any]) -> None:
     weights = [15.0, 15.0, 15.0] + [1.0, 2.0, 1.0] * (way == "adversarial")
     for loss, *terms in local[way]["rows"]:
         assert loss == pytest.approx(sum(w * term for w, term in zip(weights, terms, strict=False)), rel=1e-6)
-        assert len(terms) == len(weights) + 3
+        towers = 1 + (way == "adversarial")  # the decoder, and its discriminators
+        assert len(terms) == len(weights) + 3 + 2 * GROUPS + towers
     moments = {key.split("|")[1].split(".")[0] for key in local[way]["state"] if key.startswith("exp_avg|")}
     assert moments == {"code2wav"} | ({"adversary"} if way == "adversarial" else set())
     assert local[way]["again"] == local[way]["after"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -11,7 +12,9 @@ import torch
 from data.types import Batch
 from train.config import LogConfig
 from train.engines import StepStats
-from train.metrics import Meters, cut_after, draw_curves
+from train.media import GROUPS, KINDS
+from train.metrics import About, Meters, cut_after, draw_curves, imbalance
+from train.watch import Seen
 
 
 def stats(loss: float, targets: int = 10) -> StepStats:
@@ -65,13 +68,54 @@ def test_curves(tmp_path: Path) -> None:
     assert path is not None and path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and path.stat().st_size > 10_000
 
 
-def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Works without an account, and the key in the environment is nowhere in what was written."""
-    pytest.importorskip("wandb")
-    secret = "0123456789abcdef0123456789abcdef01234567"
-    monkeypatch.setenv("WANDB_API_KEY", secret)
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    run_steps(tmp_path, 0, 4, wandb="offline")
-    written = [path for path in (tmp_path / "wandb").rglob("*") if path.is_file()]
-    assert written
-    assert not [path for path in tmp_path.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()]
+def told(audio_loss: float, norms: bool) -> Seen:
+    """Two groups of documents, two towers, and on looked-at steps experts by kind."""
+    media = torch.zeros(2, GROUPS, dtype=torch.float64)
+    media[:, 0], media[:, 5] = torch.tensor([4.0, 2.0]), torch.tensor([audio_loss, 1.0])
+    kinds = torch.zeros(len(KINDS), 2, 2, dtype=torch.float64)
+    kinds[0], kinds[3] = torch.tensor([[3.0, 1.0], [2.0, 2.0]]), torch.tensor([[0.0, 4.0], [4.0, 0.0]])
+    scales = {"audio": 0.1, "language": 1.0}
+    return Seen(media, kinds, {"audio": 0.3, "language": 0.4} if norms else {}, scales, {"forward": 0.0}, 0.5)
+
+
+def test_what_a_step_tells(tmp_path: Path) -> None:
+    log, about = LogConfig(every=2, experts_every=4, view="off"), About(positions=32)
+    meters = Meters(
+        tmp_path, log, start_step=0, end_step=4, flops=lambda batch: 1, peak_flops=0.0, enabled=True, about=about
+    )
+    batch = dataclasses.replace(Batch.empty(128), token_ids_T=torch.zeros(24, dtype=torch.int64))
+    for step in range(1, 5):
+        look = meters.look(step)
+        assert (look.norms, look.experts) == (step % 2 == 0, step == 4)
+        seen = told(float(step), look.norms)
+        meters.update(step, dataclasses.replace(stats(1.0), seen=seen), [batch], lr=0.5, phase="all", wait=0.0)
+    meters.close()
+    first, second, experts = lines(tmp_path)
+    assert first["modalities"] == {"text": {"loss": 2.0, "targets": 4}, "audio+video": {"loss": 1.5, "targets": 2}}
+    assert second["modalities"]["audio+video"]["loss"] == 3.5  # of steps 3 and 4 alone
+    assert first["grad_norms"] == {"audio": 0.3, "language": 0.4}
+    assert first["lrs"] == {"audio": 0.05, "language": 0.5}
+    assert set(first["times"]) == {"data", "forward", "other"}
+    assert sum(first["times"].values()) == pytest.approx(first["seconds_per_step"], abs=1e-5)
+    assert first["fill"] == 0.75 and first["memory_gb"] > 0.01 and first["memory_of"] == "rss"
+    assert "imbalance" not in first  # of one rank
+    shares = experts["experts"]["thinker"]
+    assert experts["step"] == 4 and set(shares) == {"all", "text", "video"}
+    assert shares["text"] == [[0.75, 0.25], [0.5, 0.5]] and shares["video"] == [[0.0, 1.0], [1.0, 0.0]]
+
+
+def test_lines_of_their_own_are_cut_too(tmp_path: Path) -> None:
+    run_steps(tmp_path, 0, 4, every=1, experts_every=2, view="off")
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        for step in (3, 4):
+            file.write(json.dumps({"step": step, "event": "spike", "text": "high"}) + "\n")
+    cut_after(tmp_path / "metrics.jsonl", 3)
+    found = lines(tmp_path)
+    assert max(line["step"] for line in found) == 3
+    assert [line["step"] for line in found if "event" in line] == [3]
+    assert [line["step"] for line in found if "experts" in line] == [2]
+
+
+def test_imbalance() -> None:
+    assert imbalance(torch.tensor([1.0, 3.0])) == 1.5
+    assert imbalance(torch.zeros(2)) == 1.0

@@ -55,6 +55,8 @@ def test_overrides_reach_their_place_with_their_type() -> None:
         (["recipe=transcribe", "data.shards=x"], "data.shards: expected a list"),
         (["recipe=transcribe", "model.text.num_experts_per_tok=99"], "num_experts_per_tok (99) must not exceed"),
         (["recipe=transcribe", "data.too_long=cut"], "data.too_long=cut"),
+        (["recipe=transcribe", "log.view=ritch"], "log.view=ritch, did you mean 'rich'?"),
+        (["recipe=transcribe", "log.experts_every=-1"], "log.experts_every=-1: it must be 0 (off) or more"),
         (["recipe=transcribe", "lr"], "cannot read 'lr': settings are KEY=VALUE"),
         (["recipe=transcribe", "data.shards=["], "recipe transcribe"),
         (["recipe=stage2"], "is not set: give"),

@@ -13,13 +13,14 @@ from data.types import Batch
 from models.omni import Omni
 from models.omni_config import Code2WavConfig, OmniConfig
 from tests.train import speech_cases
-from tests.train.engine_cases import LINEAR, MELS, State
+from tests.train.engine_cases import LINEAR, MELS, State, told
 from train import ranks
 from train.adversary import AdversaryConfig
 from train.config import EngineConfig, LossConfig, OptimConfig, Phase
 from train.engines import MOMENTS, WEIGHT, Engine
 from train.engines.build import build_engine
 from train.engines.setup import EngineSetup
+from train.watch import Look
 from train.waveform import add_adversary
 from train.waveform_config import WaveformConfig
 from train.waveform_loss import SpectralConfig
@@ -79,8 +80,10 @@ def train(engine: Engine, first: int = 0, last: int = STEPS) -> list[list[float]
     for step in range(first, last):
         halves = SPLITS[step % len(SPLITS)]
         mine = halves[engine.shard.index] if engine.shard.count > 1 else halves[0] + halves[1]
-        stats = engine.train_step([pack(step, indices) for indices in mine], LR)
-        rows.append([stats.loss, *stats.terms.values(), stats.grad_norm, stats.num_tokens, stats.num_targets])
+        stats = engine.train_step([pack(step, indices) for indices in mine], LR, Look(norms=True))
+        rows.append(
+            [stats.loss, *stats.terms.values(), stats.grad_norm, stats.num_tokens, stats.num_targets, *told(stats)]
+        )
     return rows
 
 

@@ -1,8 +1,8 @@
 """The engine contract: one whole optimizer step, whatever runs it.
 
-    microbatches, lr  ->  Engine.train_step  ->  StepStats
-                          Engine.fragments   ->  what this rank owns, for the checkpoint
-    StateReader       ->  Engine.restore
+    microbatches, lr, look  ->  Engine.train_step  ->  StepStats
+                                Engine.fragments   ->  what this rank owns, for the checkpoint
+    StateReader             ->  Engine.restore
 
 A finer seam than the whole step leaks the engine into the loop: Megatron's schedule takes every micro-batch at
 once, DeepSpeed counts its own micro-steps. So the loop hands over micro-batches and a learning rate, and gets numbers.
@@ -24,6 +24,7 @@ from typing import Protocol
 from torch import Tensor
 
 from data.types import Batch
+from train.watch import NOTHING, Look, Seen
 
 WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
 VALUE = "value"  # state that is no parameter: expert shares, train.loss.Routers
@@ -51,6 +52,7 @@ class StepStats:
     num_targets: int
     num_skipped: int  # samples left out because they could not be read
     expert_shares: Mapping[str, Tensor]  # [L, E] share of the assignments that each expert received, rows sum to 1
+    seen: Seen = Seen()  # what else it tells; what costs something only where asked for
 
 
 @dataclass(frozen=True)
@@ -85,8 +87,8 @@ class Engine(Protocol):
     shard: Shard
     is_main: bool
 
-    def train_step(self, microbatches: Sequence[Batch], lr: float) -> StepStats:
-        """Run forward, backward and update over this rank's micro-batches. Collective."""
+    def train_step(self, microbatches: Sequence[Batch], lr: float, look: Look = NOTHING) -> StepStats:
+        """Run forward, backward and update over this rank's micro-batches; tell what `look` asks. Collective."""
         ...
 
     def eval_step(self, batch: Batch) -> Mapping[str, float]:

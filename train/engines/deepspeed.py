@@ -25,7 +25,8 @@ import gc
 import io
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -38,6 +39,7 @@ from data.types import Batch
 from train import ranks
 from train.encoders import SharedEncoding
 from train.engines import MOMENTS, VALUE, WEIGHT, Fragment, Shard, StateReader, StepStats, autoep
+from train.engines.deepspeed_config import configuration, optimizer_factory
 from train.engines.scoring import Scoring
 from train.engines.setup import (
     AnyObjective,
@@ -53,9 +55,7 @@ from train.engines.ulysses import Replica
 from train.errors import EngineError
 from train.loss import balance_losses, next_share, weighted
 from train.optim import set_lr
-
-BUCKET = 50_000_000  # elements reduced together; DeepSpeed's default would allocate 2 GB of fp32
-PERSISTENT = 100_000  # elements
+from train.watch import NOTHING, Clock, Look, Tally, Towers
 
 
 class _Owned(NamedTuple):
@@ -99,6 +99,7 @@ class DeepSpeedEngine(Scoring):
         self.shapes = {name: tuple(parameter.shape) for name, parameter in named.items()}
         self.frozen = {n: self._own_part(p.detach()) for n, p in named.items() if not p.requires_grad}
         initial = {name: p.detach().clone() for name, p in named.items()} if self._is_bf16 else None
+        self.towers, self._look, self._squares = Towers(objective.model, setup.optim), NOTHING, None
         experts_train = any(p.requires_grad for name, p in named.items() if ".experts." in name)
         ep = setup.engine.ep if experts_train else 1
         with contextlib.redirect_stdout(io.StringIO()):  # BF16_Optimizer prints its memory; warnings are logged
@@ -110,6 +111,7 @@ class DeepSpeedEngine(Scoring):
             )
         self.objective, self.zero = self.engine.module, self.engine.optimizer
         self.optimizer = self.zero.optimizer
+        self.optimizer.register_step_pre_hook(self._note_gradients)
         expose_router_logits(self.objective)
         self.shares = first_shares(self.objective, self.device)
         self._sharing = setup.engine.share_encoders and ranks.world() > 1 and setup.encodes
@@ -126,35 +128,65 @@ class DeepSpeedEngine(Scoring):
         start = min(ranks.rank() * size, whole.numel())
         return start, whole.reshape(-1)[start : start + size].float().cpu().clone()
 
-    def train_step(self, microbatches: Sequence[Batch], lr: float) -> StepStats:
+    def train_step(self, microbatches: Sequence[Batch], lr: float, look: Look = NOTHING) -> StepStats:
         """See train.engines.Engine."""
         self.engine.train()
+        self._look, self._squares = look, None
         objective, mine = self.objective, self.objective.totals(microbatches)
         totals = mine.like(ranks.total(mine.vector().to(self.device) * self.shard.leads))
         found_K = torch.zeros(len(objective.terms) + 1, dtype=torch.float64)  # the last is the balance loss
         counts = [torch.zeros_like(share_LE) for share_LE in self.shares]
+        clock, tally = Clock(self.device), Tally(objective, look, self.device, self.towers.scales)
         shared = self._shared(microbatches) if self._sharing else None
         parts = list(shared.parts()) if shared else [(batch, None) for batch in microbatches]
         for number, (batch, features) in enumerate(parts, 1):
             batch, *part = self.replica.cut(batch) if self.replica else (batch,)
             sums = self.engine(batch.to(self.device), features, *part)
+            clock.mark("forward")
             balance_share = balance_losses(self.shares, sums.probs, totals.tokens)
             share = weighted(sums.losses_K, objective.terms, totals) + self.setup.loss.balance * balance_share
             self._backward(share * ranks.world(), last=number == len(parts) and not (shared and shared.learns))
+            clock.mark("backward")
+            tally.add(sums)
             found_K += torch.cat([sums.losses_K, balance_share.to(sums.losses_K).view(1)]).detach().cpu().double()
             counts = [count_LE + more_LE for count_LE, more_LE in zip(counts, sums.counts, strict=True)]
         if shared and shared.learns:
             self._backward(shared.loss() + self._nothing(), last=True)
-        everything = ranks.total(
-            torch.cat([found_K.to(self.device), *(count_LE.flatten().double() for count_LE in counts)])
-        )
+            clock.mark("backward")
+        flat = [found_K.to(self.device), *(count_LE.flatten().double() for count_LE in counts), tally.vector()]
+        everything = ranks.total(torch.cat(flat))
         if not torch.isfinite(everything).all():
             raise EngineError("the loss is not finite; the update was not made")
+        clock.mark()
         grad_norm = self._update(lr)
-        found_K, *flat = everything.split([len(found_K), *(count_LE.numel() for count_LE in counts)])
+        clock.mark("optimizer")
+        found_K, *flat, tallied = everything.split([len(part) for part in flat])
         counts = [values.view(count_LE.shape).float() for values, count_LE in zip(flat, counts, strict=True)]
         self.shares = [next_share(count_LE).to(self.device) for count_LE in counts]
-        return stats_of(objective, totals, found_K[:-1], float(found_K[-1]), grad_norm, self.shares)
+        stats = stats_of(objective, totals, found_K[:-1], float(found_K[-1]), grad_norm, self.shares)
+        return replace(stats, seen=tally.seen(clock, self._norms(grad_norm), tallied))
+
+    def _note_gradients(self, *_: Any) -> None:
+        """Before AdamW's step, of all parameters or of some: sums of squares of what this rank steps on."""
+        if not self._look.norms:
+            return
+        stepping = {id(flat) for group in self.optimizer.param_groups for flat in group["params"]}
+        flats = [flat.grad if id(flat) in stepping else None for flat in self._flats()]
+        here = (
+            (name.removeprefix(self.objective.prefix), grad.view(-1).narrow(0, offset, length))
+            for name, p, _, length, group, offset in self._places()
+            if p.requires_grad and (grad := flats[group]) is not None
+        )
+        found = self.towers.squares(here)
+        self._squares = found if self._squares is None else self._squares + found
+
+    def _norms(self, grad_norm: float) -> dict[str, float]:
+        """Gradient norm of each tower before clipping, where it was asked for."""
+        if self._squares is None:
+            return {}
+        clip = self.setup.optim.clip
+        scale = max(1.0, (grad_norm + 1e-6) / clip) if clip else 1.0  # DeepSpeed has clipped them already
+        return self.towers.norms(ranks.total(self._squares * scale**2))
 
     def _shared(self, batches: Sequence[Batch]) -> SharedEncoding:
         deals = self.replica.deals(batches) if self.replica else None
@@ -208,6 +240,15 @@ class DeepSpeedEngine(Scoring):
     def _ranges(self) -> Iterator[tuple[str, nn.Parameter, int, int, Mapping[str, Tensor]]]:
         """What lies on this rank, by DeepSpeed's names: name, parameter, start, length, flat views."""
         flats = self._flats()
+        for name, p, start, length, group, offset in self._places():
+            if p.requires_grad:
+                yield name, p, start, length, views(self.optimizer, flats[group], offset, length)
+            else:
+                storage = p.ds_tensor.data if self.stage == 3 else p.data.view(-1)
+                yield name, p, start, length, {WEIGHT: storage.narrow(0, 0, length)}
+
+    def _places(self) -> Iterator[tuple[str, Any, int, int, int, int]]:
+        """Name, parameter, start and length of what lies here; of what learns also which of `_flats`, and where."""
         for name, p in self.objective.named_parameters():
             mapping, group, offset = getattr(p, "_hp_mapping", None), 0, 0
             if self.stage == 3:  # equal parts over the ranks of its group; the last parts are padded
@@ -220,13 +261,8 @@ class DeepSpeedEngine(Scoring):
                 group, offset = mapping.param_group_index, mapping.hp_fragment_address.start
             else:  # a frozen parameter is whole on every rank; of a trainable one nothing is here
                 start, length = 0, 0 if p.requires_grad else p.numel()
-            if length <= 0:
-                continue
-            if p.requires_grad:
-                yield name, p, start, length, views(self.optimizer, flats[group], offset, length)
-            else:
-                storage = p.ds_tensor.data if self.stage == 3 else p.data.view(-1)
-                yield name, p, start, length, {WEIGHT: storage.narrow(0, 0, length)}
+            if length > 0:
+                yield name, p, start, length, group, offset
 
     def _owned(self, trainable: bool) -> Iterator[_Owned]:
         for name, p, start, length, tensors in self._ranges():
@@ -332,50 +368,6 @@ def forget_modules() -> None:
         if hasattr(function, "cache_clear"):
             function.cache_clear()
     gc.collect()
-
-
-def optimizer_factory(setup: EngineSetup) -> Callable[[list[dict[str, Any]]], torch.optim.Optimizer]:
-    """AdamW as the local engine builds it. DeepSpeed calls it after AutoEP has put its parameters into the groups."""
-
-    def build(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        from deepspeed.moe.utils import is_moe_param, split_params_into_different_moe_groups_for_optimizer
-
-        if any(is_moe_param(p) for group in groups for p in group["params"]):
-            groups = split_params_into_different_moe_groups_for_optimizer(groups)
-        groups = [group for group in groups if group["params"]]
-        return torch.optim.AdamW(groups, betas=setup.betas, eps=setup.optim.eps, fused=True, lr=setup.optim.lr)
-
-    return build
-
-
-def configuration(setup: EngineSetup, ep: int, num_parameters: int) -> dict[str, Any]:
-    """DeepSpeed's configuration."""
-    zero: dict[str, Any] = {
-        "stage": setup.engine.zero,
-        "overlap_comm": setup.device.type == "cuda",
-        "reduce_bucket_size": min(BUCKET, num_parameters),
-        # smaller ones stay whole on every rank; with DeepSpeed's constant that would be all of a small model
-        "stage3_param_persistence_threshold": min(PERSISTENT, num_parameters // 1000),
-        # the default replaces torch.nn.functional.linear for the whole process and changes bf16 rounding
-        "memory_efficient_linear": False,
-    }
-    if setup.engine.offload:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": setup.device.type == "cuda"}
-    config: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,  # micro-batches are counted by train_step
-        "gradient_clipping": setup.optim.clip,  # always set: DeepSpeed's default is 1.0
-        "steps_per_print": 10**9,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW runs on the CPU too, and needs no compiler
-        "zero_optimization": zero,
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "communication_data_type": "fp32",
-        "bf16": {"enabled": setup.engine.precision == "bf16", "check_grad_overflow": True},
-    }
-    if ep > 1:
-        config["expert_parallel"] = {"enabled": True, "autoep_size": ep}
-    return config
 
 
 def describe_experts(objective: AnyObjective) -> None:

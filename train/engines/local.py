@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ from train.engines.setup import (
 from train.errors import EngineError
 from train.loss import balance_losses, next_share, weighted
 from train.optim import set_lr
+from train.watch import NOTHING, Clock, Look, Tally, Towers
 
 
 class LocalEngine(Scoring):
@@ -57,24 +59,38 @@ class LocalEngine(Scoring):
             groups, betas=setup.betas, eps=setup.optim.eps, fused=True, lr=setup.optim.lr
         )
         self.shares = first_shares(moved, self.device)
+        self.towers = Towers(moved.model, setup.optim)
 
-    def train_step(self, microbatches: Sequence[Batch], lr: float) -> StepStats:
+    def train_step(self, microbatches: Sequence[Batch], lr: float, look: Look = NOTHING) -> StepStats:
         """See train.engines.Engine."""
         self.objective.train()
+        clock, tally = Clock(self.device), Tally(self.objective, look, self.device, self.towers.scales)
         objective, totals = self.objective, self.objective.totals(microbatches)
         losses_K = torch.zeros(len(objective.terms), dtype=torch.float64)
         balance, counts = 0.0, [torch.zeros_like(share_LE) for share_LE in self.shares]
         for batch in microbatches:
             sums = objective(batch.to(self.device))
+            clock.mark("forward")
             balance_share = balance_losses(self.shares, sums.probs, totals.tokens)
             (weighted(sums.losses_K, objective.terms, totals) + self.setup.loss.balance * balance_share).backward()
             self._accumulate()
+            clock.mark("backward")
+            tally.add(sums)
             losses_K += sums.losses_K.detach().cpu().double()
             balance += balance_share.item()
             counts = [count_LE + more_LE for count_LE, more_LE in zip(counts, sums.counts, strict=True)]
+        norms = self._norms() if look.norms else {}
+        clock.mark()
         grad_norm = self._update(lr)
+        clock.mark("optimizer")
         self.shares = [next_share(count_LE) for count_LE in counts]
-        return stats_of(objective, totals, losses_K, balance, grad_norm, self.shares)
+        stats = stats_of(objective, totals, losses_K, balance, grad_norm, self.shares)
+        return replace(stats, seen=tally.seen(clock, norms))
+
+    def _norms(self) -> dict[str, float]:
+        """Gradient norm of each tower."""
+        found = ((name, master.grad) for name, _, master in self.masters)
+        return self.towers.norms(self.towers.squares((name, grad) for name, grad in found if grad is not None))
 
     def _accumulate(self) -> None:
         """Add bf16 gradients to the masters' fp32 ones, micro-batch by micro-batch."""

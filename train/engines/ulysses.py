@@ -36,6 +36,7 @@ from train import ranks
 from train.encoders import Deal, without_media
 from train.engines import Shard
 from train.loss import IGNORE, Part
+from train.media import kinds_of, media_of
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,9 @@ class Replica:
             position_ids_3T=F.pad(batch.position_ids_3T, (0, padding))[:, here],
             doc_lengths=(*batch.doc_lengths, padding) if padding else batch.doc_lengths,
         )
-        return part, Part(self, min(rows, max(0, tokens - self.rank * rows)))
+        media_T = media_of(kinds_of(self.thinker, batch.token_ids_T), batch.doc_lengths)
+        media_T = F.pad(media_T, (0, padding))[here]
+        return part, Part(self, min(rows, max(0, tokens - self.rank * rows)), media_T)
 
     def present(self, batches: Sequence[Batch]) -> list[Batch]:
         """The batches with media on the first rank alone."""

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
@@ -46,6 +47,7 @@ from models.layers.moe import linear32
 from models.layers.norm import RMSNorm
 from models.layers.ragged import Pieces, attend_pieces
 from models.layers.rope import rotate
+from train.media import KINDS
 
 
 @dataclass
@@ -63,6 +65,7 @@ class Tokens(PackedSeqParams):
     tap: int = 0  # the layer, counted from 1, whose output the Talker reads; 0 for none
     stop: bool = False  # layers after it do not run
     tapped_TD: Tensor | None = None  # what it gave
+    kinds_T: Tensor | None = None  # int64, where experts are counted by kind of token: train.media.kinds_of
     tap_grad_TD: Tensor | None = None  # the Talker's gradient of it
 
 
@@ -119,6 +122,8 @@ class BalancedRouter(Router):
     def begin(self, scale_E: Tensor) -> None:
         """Start a step."""
         self.scale_E, self.prob_E, self.count_E = scale_E, torch.zeros_like(scale_E), torch.zeros_like(scale_E)
+        self.kinds_T: Tensor | None = None
+        self.kind_KE: Tensor | None = None  # assignments by kind of token, where the layer sets `kinds_T`
 
     def routing(self, logits: Tensor) -> Any:
         """Not used: `forward` is ours."""
@@ -139,6 +144,10 @@ class BalancedRouter(Router):
                 self.prob_E + prob_E.detach(),
                 self.count_E + real_T @ chosen_TE.to(real_T.dtype),
             )
+            if self.kinds_T is not None:
+                kind_TK = real_T.unsqueeze(1) * F.one_hot(self.kinds_T, len(KINDS))
+                kind_KE = kind_TK.double().t() @ chosen_TE.double()
+                self.kind_KE = kind_KE if self.kind_KE is None else self.kind_KE + kind_KE
         return nothing_TE.scatter(1, chosen_TK, weight_TK), chosen_TE
 
 
@@ -187,6 +196,7 @@ class Layer(TransformerLayer):
         number = self.layer_number  # counts over all stages, from 1
         if tokens.stop and number > tokens.tap:
             return hidden_states, context
+        self.mlp.router.kinds_T = tokens.kinds_T  # type: ignore[union-attr]
         x: Tensor
         x, _ = super().forward(hidden_states, *args, context=None, packed_seq_params=tokens, **kwargs)  # type: ignore[assignment]
         self.mlp.token_dispatcher.probs = None  # type: ignore[union-attr]  # it would keep the layer's graph alive

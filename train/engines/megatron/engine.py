@@ -20,6 +20,7 @@ import contextlib
 import gc
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -59,6 +60,7 @@ from train.loss import SHARE, Totals, next_share
 from train.optim import group_of
 from train.speech import SpeechObjective
 from train.transcribe import TranscribeObjective
+from train.watch import NOTHING, Clock, Look, Tally, Towers
 from train.waveform import ADVERSARY
 
 
@@ -70,6 +72,7 @@ class MegatronEngine:
         ranks.ensure_group(setup.device)
         # names and flags; weights are in the stages. Outside: torch notes its factories when meta is first asked for
         self.objective: AnyObjective = setup.build_objective(drawn=False)
+        self.towers = Towers(self.objective.model, setup.optim)
         with self._megatron():
             self._build(setup)
 
@@ -124,27 +127,32 @@ class MegatronEngine:
             stage_of(built.thinker_layers, tap - 1, setup.engine.pp),
         )
 
-    def train_step(self, microbatches: Sequence[Batch], lr: float) -> StepStats:
+    def train_step(self, microbatches: Sequence[Batch], lr: float, look: Look = NOTHING) -> StepStats:
         """See train.engines.Engine."""
         with self._megatron():
-            return self._train_step(microbatches, lr)
+            return self._train_step(microbatches, lr, look)
 
-    def _train_step(self, microbatches: Sequence[Batch], lr: float) -> StepStats:
+    def _train_step(self, microbatches: Sequence[Batch], lr: float, look: Look) -> StepStats:
         mine = self.objective.totals(microbatches)
         totals = mine.like(ranks.total(mine.vector() * self.shard.leads))
         for chunk in self.parts.all:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
+        clock, tally = Clock(self.device), Tally(self.objective, look, self.device, self.towers.scales)
         self._begin(totals)
+        self.passes.counts_kinds = tally.kinds is not None
         batches = [batch.to(self.device) for batch in self._even(microbatches)]
         think, speak = self._shares_of_loss(totals)
         sums = self.passes.step(batches, think, speak)
-        losses_K, balance, counts = self._found(sums, totals)
+        losses_K, balance, counts, tallied = self._found(sums, totals, tally)
         self._finalize()
-        grad_norm = self._update(lr)
+        clock.mark("forward_backward")
+        grad_norm, norms = self._update(lr, look)
+        clock.mark("optimizer")
         self.shares = [next_share(count_LE).to(self.device) for count_LE in counts]
-        return stats_of(self.objective, totals, losses_K, balance, grad_norm, self.shares)
+        stats = stats_of(self.objective, totals, losses_K, balance, grad_norm, self.shares)
+        return replace(stats, seen=tally.seen(clock, norms, tallied))
 
     def _even(self, microbatches: Sequence[Batch]) -> list[Batch]:
         """As many as the interleaved schedule wants: a multiple of the stages, by micro-batches without tokens."""
@@ -174,8 +182,13 @@ class MegatronEngine:
         text = int(self.objective.terms[0].name == "text")
         return partial(_weighted, scales[:text]), partial(_weighted, scales[text:])
 
-    def _found(self, sums: Sequence[Tensor], totals: Totals) -> tuple[Tensor, float, list[Tensor]]:
-        """Sums of the terms, balance loss and expert counts of all ranks. Raises EngineError for a loss not finite."""
+    def _found(
+        self, sums: Sequence[Tensor], totals: Totals, tally: Tally
+    ) -> tuple[Tensor, float, list[Tensor], Tensor]:
+        """Sums of the terms, balance loss, expert counts and the tally of all ranks.
+
+        Raises EngineError for a loss not finite.
+        """
         terms = len(self.objective.terms)
         found_K = torch.zeros(terms, dtype=torch.float64, device=self.device)
         if sums:
@@ -183,28 +196,36 @@ class MegatronEngine:
         counts = [torch.zeros(2, *share_LE.shape, dtype=torch.float64, device=self.device) for share_LE in self.shares]
         for place, layer, router in self._routers():
             counts[place][:, layer] = torch.stack([router.count_E, router.prob_E]).double()
-        everything = ranks.total(torch.cat([found_K, *(count.flatten() for count in counts)]))
+            if tally.kinds is not None and router.kind_KE is not None:
+                tally.kinds[:, layer] = router.kind_KE
+        if self.passes.media is not None:
+            tally.media += self.passes.media
+        everything = ranks.total(torch.cat([found_K, *(count.flatten() for count in counts), tally.vector()]))
         if not torch.isfinite(everything).all():
             raise EngineError("the loss is not finite; the update was not made")
-        losses_K, *flat = everything.split([terms, *(count.numel() for count in counts)])
+        sizes = [terms, *(count.numel() for count in counts)]
+        losses_K, *flat, tallied = everything.split([*sizes, len(everything) - sum(sizes)])
         balance, found = 0.0, []
         for values, share_LE, tokens in zip(flat, self.shares, totals.tokens[: len(flat)], strict=True):
             count_LE, prob_LE = values.view(2, *share_LE.shape)
             pull = (share_LE.cpu().double() * prob_LE).sum() / len(share_LE)
             balance += share_LE.shape[1] * float(pull) / max(1, tokens)
             found.append(count_LE.float())
-        return losses_K, balance, found
+        return losses_K, balance, found, tallied
 
     def _finalize(self) -> None:
         """Sum gradients over data, context and tensor ranks."""
         finalize_model_grads(self.parts.all)
 
-    def _update(self, lr: float) -> float:
+    def _update(self, lr: float, look: Look) -> tuple[float, dict[str, float]]:
         """Megatron's step, with a look at the norm before anything changes."""
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
         if not math.isfinite(grad_norm):
             raise EngineError("the gradient is not finite; the update was not made")
+        norms = {}
+        if look.norms:
+            norms = self.towers.norms(ranks.total(self.towers.squares(self.state.gradients())))
         for part in self.optimizer.chained_optimizers:
             if self.setup.optim.clip and not part.is_stub_optimizer:
                 clip_grad_by_total_norm_fp32(part.get_parameters(), self.setup.optim.clip, grad_norm)
@@ -212,7 +233,7 @@ class MegatronEngine:
             group["lr"] = lr * group["lr_mult"]
             group["weight_decay"] = self.setup.optim.weight_decay * group["wd_mult"]
         self.optimizer.step_with_ready_grads()
-        return grad_norm
+        return grad_norm, norms
 
     def eval_step(self, batch: Batch) -> Mapping[str, float]:
         """See train.engines.Engine."""

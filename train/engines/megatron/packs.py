@@ -122,6 +122,7 @@ class ThinkerPack:
     text_ids_X: Tensor | None = None  # the Talker's text, where its gradient reaches the embedding
     text_grad_XH: Tensor | None = None
     losses_K: Tensor | None = None  # what the last stage found here; parts that tensor ranks share are with the first
+    media: Tensor | None = None  # the same by media of documents, train.media.by_media
     found: Tensor | None = None  # for the other purposes
 
     @classmethod

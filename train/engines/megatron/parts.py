@@ -137,13 +137,20 @@ class Head(nn.Module):
         )
         self.group, self.max_logits = self.linear.tp_group, max_logits
 
-    def forward(self, hidden_SD: Tensor, labels_S: Tensor) -> Tensor:
-        """Sum of the cross-entropy over positions with a label, the same on every tensor rank; fp32 scalar."""
+    def forward(self, hidden_SD: Tensor, labels_S: Tensor, losses_S: Tensor | None = None) -> Tensor:
+        """Sum of the cross-entropy over positions with a label, the same on every tensor rank; fp32 scalar.
+
+        `losses_S` takes each position's, without gradient.
+        """
         weight_VD = self.linear.weight
         if self.group.size() == 1:
-            return cross_entropy_sum(hidden_SD, weight_VD, labels_T=labels_S, max_logits=self.max_logits)
+            limit = self.max_logits
+            return cross_entropy_sum(hidden_SD, weight_VD, labels_T=labels_S, max_logits=limit, losses_T=losses_S)
         index_N = (labels_S != IGNORE).nonzero().squeeze(1)
-        return -self.logprobs(hidden_SD.index_select(0, index_N), labels_S.index_select(0, index_N)).sum()
+        found_N = -self.logprobs(hidden_SD.index_select(0, index_N), labels_S.index_select(0, index_N))
+        if losses_S is not None:
+            losses_S[index_N] = found_N.detach()
+        return found_N.sum()
 
     def logprobs(self, hidden_ND: Tensor, target_N: Tensor) -> Tensor:
         """Log-probabilities of the targets [N], the same on every tensor rank, fp32."""

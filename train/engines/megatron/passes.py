@@ -35,6 +35,7 @@ from models.talker_inputs import TalkerPlan, multimodal_rows, talker_inputs
 from train.engines.megatron.layout import Peers
 from train.engines.megatron.packs import Cut, TalkerPack, ThinkerPack
 from train.engines.megatron.stages import Share
+from train.media import kinds_of
 from train.preference import PreferenceConfig, media_counts, twice
 
 Chunks = Sequence[Any]  # Megatron's DistributedDataParallel around stages: their attributes lie in `.module`
@@ -92,7 +93,10 @@ class Passes:
         self.parts, self.peers, self.model, self.way, self.plan = parts, peers, model, way, plan
         self.preference, self.dtype, self.tap_stage = preference, dtype, tap_stage
         talker = model.talker if isinstance(model, OmniConfig) else None
-        self.text = model.thinker.text if isinstance(model, OmniConfig) else model.text
+        self.thinker = model.thinker if isinstance(model, OmniConfig) else model
+        self.text = self.thinker.text
+        self.media: Tensor | None = None  # of a step: the Thinker's losses found here, train.media.by_media
+        self.counts_kinds = False  # whether its experts are counted by kind of token
         self.tap = talker.accept_hidden_layer if talker is not None and way != "off" else 0
 
     def step(self, batches: Sequence[Batch], think: Share, speak: Share) -> list[Tensor]:
@@ -106,6 +110,8 @@ class Passes:
             spoken = self.talk(batches, heard, speak)
         if self.way == "live":
             thought = self.think(self._with_gradients(batches, spoken), think)
+        media = [pack.media for pack in thought if pack.media is not None]
+        self.media = torch.stack(media).sum(0) if media else None
         found = [[pack.losses_K for pack in thought], [each.pack.losses_K for each in spoken]]
         return [torch.stack(sums).sum(0) for sums in found if sums and sums[0] is not None]  # type: ignore[arg-type]
 
@@ -115,6 +121,8 @@ class Passes:
         found = [ThinkerPack.of(batch, self.text, self.peers, self.dtype, purpose, least) for batch in batches]
         for pack in found:
             pack.tokens.tap, pack.tokens.stop = self.tap, purpose == "tap"
+            if self.counts_kinds and purpose == "loss":
+                pack.tokens.kinds_T = pack.cut.pad(kinds_of(self.thinker, pack.batch.token_ids_T))[pack.cut.rows_T]
         return found
 
     def think(self, packs: Sequence[ThinkerPack], share: Share | None) -> Sequence[ThinkerPack]:

@@ -34,6 +34,7 @@ from train.engines.megatron.layout import Peers
 from train.engines.megatron.packs import TalkerPack, ThinkerPack
 from train.engines.megatron.parts import Encoders, Head, embedding, made, residual_sums
 from train.engines.megatron.preference import preference_sums
+from train.media import by_media, kinds_of, media_of
 
 Share = Callable[[Tensor], Tensor]  # sums of the terms [K] -> share of the global loss
 
@@ -130,8 +131,11 @@ class ThinkerStage(Stage):
             pack.found = self.head.document_losses(hidden_SD, labels_S, documents_P[pack.cut.rows_S], count)
             return x
         assert share is not None
-        losses_K = self.head(hidden_SD, labels_S).unsqueeze(0)
-        pack.losses_K = losses_K.detach() * (pack.cut.peers.tp.rank() == 0)
+        losses_S = torch.zeros(len(labels_S), device=x.device)
+        losses_K, first = self.head(hidden_SD, labels_S, losses_S).unsqueeze(0), pack.cut.peers.tp.rank() == 0
+        pack.losses_K = losses_K.detach() * first
+        media_P = media_of(kinds_of(self.thinker, pack.batch.token_ids_T), pack.batch.doc_lengths)
+        pack.media = by_media(losses_S, labels_S, pack.cut.pad(media_P)[pack.cut.rows_S]) * first
         return share(losses_K)
 
     def inputs(self, pack: ThinkerPack) -> tuple[Tensor, Tensor | None]:

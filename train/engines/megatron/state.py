@@ -66,6 +66,15 @@ class State:
                 tensors |= {kind: found[kind].view(-1) for kind in MOMENTS if kind in found}
                 yield _Range(self.placed[parameter], here.start, here.size, tensors)
 
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """What the optimizer is to step with: a name of ours and its gradient, of what no other rank gives."""
+        for part in self._parts():
+            for parameter in part.model_param_gbuf_map:
+                placed = self.placed[parameter]
+                gradient = part._get_main_param_and_optimizer_states(parameter)[MASTER].grad
+                if placed.owned and gradient is not None and gradient.numel():
+                    yield placed.runs[0].name, gradient
+
     def fragments(self) -> Iterator[Fragment]:
         """What this rank owns of the parameters."""
         for found in self._ranges():

@@ -81,7 +81,7 @@ class WaveStage(MegatronModule):
 class WavePasses:
     """The one pass of a step."""
 
-    tap = 0
+    tap, media, counts_kinds = 0, None, False
 
     def __init__(self, parts: Parts) -> None:
         self.stage = parts.front
