@@ -64,7 +64,7 @@ from models.config import ConfigError
 from train.errors import RecipeError
 from train.feed import open_feed
 from train.layout import ModelLayout
-from train.main import model_config
+from train.opening import model_config
 from train.recipe import load_recipe, load_saved, spans
 
 MAX_DRAWN = 16  # sequences of a step that are read and drawn

@@ -71,7 +71,7 @@ from train.checkpoint import CheckpointReader, Manifest, choose
 from train.errors import CheckpointError, RecipeError
 from train.finetune import BASE, copy_beside
 from train.lora_config import LoraConfig
-from train.main import model_config
+from train.opening import model_config
 from train.recipe import load_saved
 from train.typed import nearest
 

@@ -22,7 +22,7 @@ from train.engines.build import build_engine
 from train.engines.local import LocalEngine
 from train.engines.setup import EngineSetup
 from train.errors import CheckpointError
-from train.main import model_config
+from train.opening import model_config
 from train.parallel import Model
 from train.recipe import load_saved
 

@@ -11,6 +11,7 @@ from data.config import DataConfig
 from data.mixture import Mixture
 from models.config import AudioConfig, AudioDecoderConfig, TextConfig, VisionConfig
 from models.omni_config import Code2WavConfig, TalkerConfig
+from train.guard_config import GuardConfig
 from train.lora_config import LoraConfig
 from train.parallel import Degrees
 from train.preference import PreferenceConfig
@@ -236,3 +237,4 @@ class Recipe:
     eval: EvalConfig = field(default_factory=EvalConfig)
     end: EndConfig = field(default_factory=EndConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)

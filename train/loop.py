@@ -1,6 +1,6 @@
 """The loop: every line is independent of engine, model and modality.
 
-data of a step -> engine.train_step -> meters -> evaluation when due -> checkpoint when due
+data of a step -> engine.train_step -> meters -> guard -> evaluation when due -> checkpoint when due
 """
 
 from __future__ import annotations
@@ -19,17 +19,25 @@ from train.run import Run
 
 
 def fit(engine: Engine, stream: Iterable[tuple[int, Sequence[Batch]]], span: Span, recipe: Recipe, run: Run) -> bool:
-    """Train through a phase, or until the run is asked to stop; returns whether it was. Saves at the end either way."""
-    asked, end = time.monotonic(), min(span.stop, recipe.max_steps or span.stop)
+    """Train through a phase, or until the run is asked to stop; returns whether it was. Saves at the end either way.
+
+    Where the guard decides to go back (`run.guard.back`) it returns early and saves nothing.
+    """
+    asked, end, first = time.monotonic(), min(span.stop, recipe.max_steps or span.stop), True
+    run.heart.beat("data", span.start, slow=True)
     for step, microbatches in stream:
         waited = time.monotonic() - asked
         lr = lr_at(step, span.start, span.phase, recipe.optim)
-        stats = engine.train_step(microbatches, lr, run.meters.look(step + 1))
+        run.heart.begin(step + 1, microbatches, slow=first)  # the first step may compile
+        stats = run.guard.step(engine, step, microbatches, lr, run.meters.look(step + 1))
         step += 1
-        run.consumed(step, microbatches)
+        run.consumed(step, microbatches, stats.applied)
         run.meters.update(step, stats, microbatches, lr=lr, phase=span.name, wait=waited)
         run.report_skipped(microbatches)
-        stopped = ranks.agree(run.stop_requested)
+        run.guard.note(run, step, stats, microbatches, waited)
+        stopped, odd = ranks.votes(run.stop_requested, run.guard.odd)
+        if odd and run.guard.act(run, engine, step):
+            return stopped
         last = step == end
         best = run.is_due(recipe.eval.every, step) and not (stopped or last) and run.evaluate(engine, step)
         too_many_bad = run.meters.num_skipped > recipe.data.max_bad_samples
@@ -42,5 +50,6 @@ def fit(engine: Engine, stream: Iterable[tuple[int, Sequence[Batch]]], span: Spa
             )
         if stopped or run.ended:
             return stopped
-        asked = time.monotonic()
+        asked, first = time.monotonic(), False
+        run.heart.beat("data", step + 1)
     return False

@@ -29,6 +29,7 @@ from data.types import Batch
 from train import ranks
 from train.config import LogConfig
 from train.engines import StepStats
+from train.journal import Journal
 from train.loss import SHARE
 from train.media import GROUPS, KINDS, group_name
 from train.trackers import open_trackers
@@ -78,7 +79,7 @@ class Meters:
             return
         self._trackers = open_trackers(log, folder, start_step, self.say)
         cut_after(self.path, start_step)
-        self._file = self.path.open("a")
+        self._file = Journal(self.path, self.say)
         self._view = open_view(log.view, folder.name, about.first_step, start_step, end_step, about.total_steps)
 
     def _reset(self) -> None:
@@ -101,13 +102,15 @@ class Meters:
     ) -> None:
         """Take the numbers of the update that led to `step`; `wait` is the seconds spent waiting for its data."""
         self._steps, self._wait = self._steps + 1, self._wait + wait
-        self._tokens, self._targets = self._tokens + stats.num_tokens, self._targets + stats.num_targets
-        self._loss_sum += stats.loss * stats.num_targets
+        self._tokens += stats.num_tokens
+        if stats.applied:  # what is not finite is in no mean
+            self._targets += stats.num_targets
+            self._loss_sum += stats.loss * stats.num_targets
+            self._media += stats.seen.media
         self._work += sum(self.flops(batch) for batch in microbatches)
         self._read += sum(len(batch.token_ids_T) for batch in microbatches) * self.about.leads
         self._times.update(stats.seen.times)
         self._own += wait + stats.seen.own
-        self._media += stats.seen.media
         self.num_skipped += stats.num_skipped
         seconds = max(1e-9, time.monotonic() - self._since)
         due = self._due(step)
@@ -127,7 +130,7 @@ class Meters:
             "step": step,
             "phase": phase,
             "loss": stats.loss,
-            "mean_loss": self._loss_sum / max(1, self._targets),
+            "mean_loss": self._loss_sum / self._targets if self._targets else None,
             "balance_loss": stats.balance_loss,
             "grad_norm": stats.grad_norm,
             "lr": lr,
@@ -142,6 +145,8 @@ class Meters:
         }
         if len(stats.terms) > 1:
             line["terms"] = dict(stats.terms)
+        if not stats.applied:
+            line["applied"] = False
         media = zip(*self._media.tolist(), strict=True)
         line["modalities"] = {
             group_name(group): {"loss": loss / targets, "targets": int(targets)}
@@ -187,8 +192,7 @@ class Meters:
             tqdm.write(text)
 
     def _write(self, line: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        self._file.write(line)
         self._view.line(line)
         for tracker in self._trackers:
             tracker.log(line)
@@ -244,7 +248,7 @@ def cut_after(path: Path, step: int) -> None:
     """Drop the lines of later steps, and a half-written last line."""
     if not path.exists():
         return
-    kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+    kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step or '"event": "hang"' in line]
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(line + "\n" for line in kept))
     os.replace(temporary, path)
@@ -295,6 +299,8 @@ def draw_curves(folder: Path) -> Path | None:
     for axis in axes[1]:
         axis.set_xlabel("step")
     out = folder / "curves.png"
-    figure.savefig(out, dpi=110)
+    part = out.with_suffix(".part.png")
+    figure.savefig(part, dpi=110)
     plt.close(figure)
+    os.replace(part, out)
     return out

@@ -6,9 +6,11 @@ torchrun sets RANK, WORLD_SIZE and LOCAL_RANK; without it there is one process a
 from __future__ import annotations
 
 import atexit
+import json
 import os
 import secrets
 import sys
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import NoReturn
 
@@ -34,11 +36,11 @@ def world() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def start(device: torch.device) -> None:
-    """Join the other processes. A peer that does not answer for ten minutes is an error, not a hang."""
+def start(device: torch.device, patience_s: float = 600.0) -> None:
+    """Join the other processes. A peer that does not answer for so long is an error, not a hang."""
     if world() > 1 and not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=10))
+        dist.init_process_group(backend, timeout=timedelta(seconds=patience_s))
 
 
 def ensure_group(device: torch.device) -> None:
@@ -85,6 +87,11 @@ def agree(flag: bool) -> bool:
     return bool(total(torch.tensor([float(flag)], dtype=torch.float64))[0] > 0)
 
 
+def votes(*flags: bool) -> list[bool]:
+    """Of each flag whether any rank says so. Collective."""
+    return [found > 0 for found in total(torch.tensor(flags, dtype=torch.float64)).tolist()]
+
+
 def total(values: Tensor) -> Tensor:
     """Sum over ranks, as float64 on the CPU. Collective."""
     values = values.double()
@@ -110,6 +117,12 @@ def gather(rows_NK: Tensor) -> list[Tensor]:
     parts = [torch.empty_like(padded) for _ in lengths]
     dist.all_gather(parts, padded)
     return [part[:length].cpu() for part, length in zip(parts, lengths, strict=True)]
+
+
+def gather_text(lines: Sequence[str]) -> list[list[str]]:
+    """The lines of every rank. Collective; for few and rare ones."""
+    data = torch.tensor(list(json.dumps(list(lines)).encode()), dtype=torch.int64)
+    return [json.loads(bytes(part_N1.flatten().tolist())) for part_N1 in gather(data.unsqueeze(1))]
 
 
 def exchange(rows_NX: Tensor, rows_out: list[int], rows_in: list[int]) -> Tensor:

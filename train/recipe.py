@@ -247,6 +247,8 @@ def _validate(recipe: Recipe) -> None:
         if phase.speech in DECODER_PHASES:
             _check_decoder(f"phases.{name}.speech={phase.speech}", recipe)
     check(recipe)
+    for problem in recipe.guard.problems():
+        raise RecipeError(problem)
     if recipe.engine.zero not in (1, 2, 3):
         raise RecipeError(f"engine.zero={recipe.engine.zero}: it is 1, 2 or 3")
     if not recipe.phases:

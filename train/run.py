@@ -9,7 +9,6 @@ outputs/NAME/recipe.yaml      the resolved recipe
 
 from __future__ import annotations
 
-import json
 import signal
 import time
 from collections.abc import Mapping, Sequence
@@ -18,15 +17,20 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from data.types import Batch
 from train import ranks
-from train.checkpoint import Saver, name_best
+from train.checkpoint import Saver, candidates, name_best
+from train.checkpoint.format import folder_step, step_folder
 from train.config import Recipe
 from train.engines import Engine
 from train.evaluate import Evaluator
 from train.feed import Course, Feed
+from train.guard import Guard
+from train.heartbeat import Heart, beating
+from train.journal import Journal
 from train.metrics import Meters, cut_after
 from train.progress import Progress
 from train.recipe import as_yaml
@@ -59,20 +63,24 @@ class Run:
         progress: Progress,
         at: Position,
         leads: bool,
+        guard: Guard,
+        heart: Heart,
     ) -> None:
         """`leads`: of the ranks that read the same samples, this is the one that speaks of them."""
         self.recipe, self.folder, self.meters, self.saver = recipe, folder, meters, saver
         self.evaluator, self.identity, self.feed, self.course = evaluator, identity, feed, course
-        self.progress, self.at, self.leads = progress, at, leads
+        self.progress, self.at, self.leads, self.guard, self.heart = progress, at, leads, guard, heart
         self.stop_requested = False
         self._handlers: dict[signal.Signals, Any] = {}  # what signals did before `listen`
         if ranks.rank() == 0:
-            (folder / "recipe.yaml").write_text(as_yaml(recipe))
+            part = folder / "recipe.yaml.tmp"  # a full disk must not cost the one that is there
+            part.write_text(as_yaml(recipe))
+            part.replace(folder / "recipe.yaml")
         self._keys = None
         if recipe.log.keys and leads:
             path = folder / f"keys-rank{ranks.rank()}.jsonl"
             cut_after(path, at.step)
-            self._keys = path.open("a")
+            self._keys = Journal(path, tqdm.write)
 
     @property
     def step(self) -> int:
@@ -110,13 +118,12 @@ class Run:
         for name in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             self._handlers[name] = signal.signal(name, request)
 
-    def consumed(self, step: int, microbatches: Sequence[Batch]) -> None:
+    def consumed(self, step: int, microbatches: Sequence[Batch], applied: bool) -> None:
         """Note how far the run is, and the samples of a step when log.keys asks for it."""
-        self.at.step, self.at.updates = step, self.at.updates + 1
+        self.at.step, self.at.updates = step, self.at.updates + applied
         if self._keys is not None:
             keys = [key for batch in microbatches for key in batch.keys]
-            self._keys.write(json.dumps({"step": step, "keys": keys}) + "\n")
-            self._keys.flush()
+            self._keys.write({"step": step, "keys": keys})
 
     def report_skipped(self, microbatches: Sequence[Batch]) -> None:
         """One line for every sample that this rank could not read."""
@@ -124,8 +131,23 @@ class Run:
             for line in batch.skipped:
                 tqdm.write(f"skipped: {line}")
 
+    def event(self, step: int, kind: str, text: str, **more: Any) -> None:
+        """A line of what is odd, in metrics.jsonl and for people. Every rank may call it; the main one speaks."""
+        self.meters.record(step, {"event": kind, "text": text, **more})
+        self.meters.say(f"step {step}: {kind}: {text}")
+
+    def checkpoint_before(self, step: int, first: int) -> Path | None:
+        """Newest checkpoint of a step from `first` to `step`, once the save under way is done. Collective."""
+        self.saver.wait()
+        kept = candidates(self.folder)[: self.recipe.save.keep]  # older ones may be being deleted
+        steps = [found for path in kept if first <= (found := folder_step(path.name) or 0) <= step]
+        newest = ranks.total(torch.tensor([float(max(steps, default=-1)) if ranks.rank() == 0 else 0.0]))
+        chosen = int(newest[0])
+        return self.folder / "checkpoints" / step_folder(chosen) if chosen >= 0 else None
+
     def save(self, engine: Engine, step: int) -> None:
         """Hand the state to the writer process; training goes on while it writes."""
+        self.heart.beat("save", slow=True)
         info = {
             "identity": self.identity,
             "recipe": as_yaml(self.recipe),
@@ -139,6 +161,7 @@ class Run:
             "optimizer_step": self.at.updates,
             "progress": self.progress.info(),
             "counters": {"skipped": self.meters.num_skipped},
+            "guard": self.guard.state(),
         }
         self.meters.exclude(self.saver.save(step, engine.fragments(), info))
         if shares := self.course.shares(step):
@@ -147,17 +170,19 @@ class Run:
     def evaluate(self, engine: Engine, step: int) -> bool:
         """Evaluate on every set and record the results; whether this step's weights are the best so far. Collective."""
         began, found = time.monotonic(), {}
-        for report in self.evaluator.reports(engine, step):
+        self.heart.beat("evaluate", slow=True)
+        for report in self.evaluator.reports(beating(engine, self.heart), step):
             found[report.set_name] = report.metrics
             self.meters.record(step, {"eval": report.set_name, **report.metrics})
             if ranks.rank() == 0:
                 self.meters.say(report.table())
-                report.write(self.folder / "eval", step)
-        best = bool(found) and self.progress.update(step, self.at.phase, found)
+                try:
+                    report.write(self.folder / "eval", step)
+                except OSError as error:  # a full disk: the numbers are in metrics.jsonl
+                    self.meters.say(f"the answers were not written: {error}")
+        best, stale = bool(found) and self.progress.update(step, self.at.phase, found), self.progress.plateau.stale
         if self.ended:
-            self.meters.say(
-                f"{self.progress.end.metric} got no better in {self.progress.plateau.stale} evaluations: the end"
-            )
+            self.meters.say(f"{self.progress.end.metric} got no better in {stale} evaluations: the end")
         self.meters.exclude(time.monotonic() - began)
         return best
 

@@ -20,7 +20,7 @@ from data.plan import Plan
 from data.tokenizer import load_tokenizer
 from tests.run_kit import TINY, write_corpus
 from train.feed import open_feed
-from train.main import model_config
+from train.opening import model_config
 from train.recipe import as_yaml, load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]

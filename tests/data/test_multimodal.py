@@ -27,7 +27,7 @@ from tests.data import media_kit
 from tests.data.audio_bytes import encode, tone
 from tests.data.corpus_kit import members_of, tokenizer, write_tar
 from tests.data.layouts import layout_of
-from train.main import model_config
+from train.opening import model_config
 from train.recipe import load_recipe
 
 TOKENIZER = tokenizer()

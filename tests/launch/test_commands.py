@@ -18,7 +18,7 @@ from models.positions import text_audio_positions
 from models.thinker import Thinker
 from tests.run_kit import ROOT, command, finish, losses, start, write_corpus
 from train.checkpoint import CheckpointReader, candidates, verify
-from train.main import model_config
+from train.opening import model_config
 from train.recipe import load_saved
 
 

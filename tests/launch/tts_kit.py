@@ -24,7 +24,7 @@ from train.checkpoint import Saver
 from train.config import EngineConfig, EvalConfig, ModelConfig, Phase, Recipe
 from train.engines.build import build_engine
 from train.engines.setup import EngineSetup
-from train.main import model_config
+from train.opening import model_config
 from train.recipe import as_yaml
 
 TOKENIZER = tiny_tokenizer()

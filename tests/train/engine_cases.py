@@ -23,7 +23,6 @@ from train.config import EngineConfig, LossConfig, OptimConfig, Phase
 from train.engines import MOMENTS, VALUE, WEIGHT, Engine, Shard, StepStats
 from train.engines.build import build_engine
 from train.engines.setup import EngineSetup
-from train.errors import EngineError
 from train.loss import SHARE
 from train.media import GROUPS
 from train.watch import Look
@@ -310,30 +309,6 @@ def phases(label: str, folder: str, **engine_settings: Any) -> list[list[list[fl
     return rows
 
 
-def refusals() -> list[list[str]]:
-    """What engines say to a loss, and to a gradient, that is not finite on one rank; their weights must not change."""
-    out = []
-    for zero, ep in ((1, 1), (2, 2), (3, 2)):
-        messages = []
-        for kind in ("loss", "gradient"):
-            engine = build_engine(setup("deepspeed", zero, ep))
-            before, batches = gather(engine), microbatches(2, engine.shard)
-            if ranks.rank() == 0 and kind == "loss":
-                batches[0].mel_FM[0, 0] = torch.nan
-            if kind == "gradient":
-                head = engine.objective.thinker.lm_head.weight  # type: ignore[attr-defined]
-                head.register_hook(lambda grad: grad * torch.inf if ranks.rank() == 1 else grad)
-            try:
-                engine.train_step(batches, lr=1.0)
-            except EngineError as error:
-                messages.append(str(error))
-            now = gather(engine)
-            assert not [key for key in before.differs(now) if key.startswith(WEIGHT)], (zero, ep, kind)
-            engine.close()
-        out.append(messages)
-    return out
-
-
 def alone() -> list[list[list[float]]]:
     """Each rank encodes its own media, micro-batch by micro-batch."""
     rows = []
@@ -354,7 +329,6 @@ def two_processes(folder: str) -> dict[str, Any]:
             )
             for zero, ep, precision in PHASE_CASES
         ],
-        "refusals": refusals(),
         "alone": alone(),
     }
     ranks.stop()

@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from models.omni_config import OmniConfig
 from tests.train import engine_cases as cases
 from tests.train import speech_cases
@@ -15,7 +13,6 @@ from train import ranks
 from train.engines import Engine
 from train.engines.build import build_engine
 from train.engines.setup import EngineSetup
-from train.errors import EngineError
 
 TWO: dict[str, dict[str, Any]] = {  # processes: layouts
     "tp2": {"tp": 2},
@@ -81,7 +78,7 @@ def layouts(names: Mapping[str, dict[str, Any]], folder: str) -> dict[str, Any]:
 
 
 def two_processes(folder: str) -> dict[str, Any]:
-    out = {"layouts": layouts(TWO, folder), "refusals": refusals()}
+    out = {"layouts": layouts(TWO, folder)}
     state = cases.load(folder, "tp2-ep2-saved")  # of four processes
     for name, settings in {
         "pp2": {"name": "megatron", "pp": 2},
@@ -112,30 +109,6 @@ def more_layouts(folder: str, world: int) -> dict[str, Any]:
     """Layouts that take longer than every day's tests may."""
     out = layouts(MORE_OF_TWO if world == 2 else MORE_OF_FOUR, folder)
     ranks.stop()
-    return out
-
-
-def refusals() -> list[list[str]]:
-    """What the engine says to a loss, and to a gradient, that is not finite on one rank; weights must not change."""
-    out = []
-    for degrees in ({"tp": 2}, {"ep": 2}):
-        messages = []
-        for kind in ("loss", "gradient"):
-            engine: Any = build_engine(cases.setup("megatron", **degrees))
-            before, batches = cases.gather(engine), cases.microbatches(2, engine.shard)
-            if ranks.rank() == 0 and kind == "loss":
-                batches[0].mel_FM[0, 0] = torch.nan
-            if kind == "gradient" and ranks.rank() == 1:
-                head = engine.parts.thinker[0].module.head.linear.weight
-                head.register_hook(lambda grad: grad * torch.inf)
-            try:
-                engine.train_step(batches, lr=1.0)
-            except EngineError as error:
-                messages.append(str(error))
-            now = cases.gather(engine)
-            assert not [key for key in before.differs(now) if key.startswith("weight")], (degrees, kind)
-            engine.close()
-        out.append(messages)
     return out
 
 

@@ -136,13 +136,6 @@ def test_phases_with_frozen_parameters(index: int, two: list[dict[str, Any]], fo
             assert_same_state(got, expected, rtol=5e-3)  # AdamW makes rounding of small gradients large
 
 
-def test_not_finite_is_refused(two: list[dict[str, Any]]) -> None:
-    for found in two:
-        for loss, gradient in found["refusals"]:
-            assert loss == "the loss is not finite; the update was not made"
-            assert gradient == "the gradient is not finite; the update was not made"
-
-
 @pytest.fixture(scope="module")
 def spoken_locally() -> dict[str, Any]:
     torch.set_num_threads(1)

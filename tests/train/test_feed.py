@@ -15,7 +15,7 @@ from data.tokenizer import load_tokenizer
 from tests.data.corpus_kit import Made, costs_corpus, costs_plan, mixed, tokenizer, written
 from train.config import Phase
 from train.feed import Course, Feed, open_feed
-from train.main import model_config
+from train.opening import model_config
 from train.recipe import Span, load_recipe
 
 READER: Any = None  # nothing is read here

@@ -9,6 +9,7 @@ import torch
 
 from data.types import Batch
 from train.engines import Shard, StepStats
+from train.guard import Guard
 from train.loop import fit
 from train.recipe import load_recipe, spans
 
@@ -37,6 +38,14 @@ class Run:
         self.meters, self.saved, self.evaluated, self.stop_at = self, [], [], stop_at
         self.best_at, self.ends_at = best_at, ends_at
         self.num_skipped, self.step = 0, 0
+        self.guard = Guard(RECIPE.guard, spans(RECIPE)[0], torch.device("cpu"))
+        self.heart = self
+
+    def beat(self, part, step=None, *, slow=None) -> None:
+        pass
+
+    def begin(self, step, microbatches, slow) -> None:
+        pass
 
     @property
     def ended(self) -> bool:
@@ -49,7 +58,7 @@ class Run:
     def look(self, step) -> str:
         return "look"
 
-    def consumed(self, step, microbatches) -> None:
+    def consumed(self, step, microbatches, applied) -> None:
         self.step = step
 
     def update(self, step, stats, microbatches, *, lr, phase, wait) -> None:

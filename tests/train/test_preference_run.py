@@ -26,7 +26,8 @@ from tests.launch.tts_kit import CODES, GROUPS, TOKENIZER, write_run, write_sets
 from tests.train.test_speech_run import SIZES, TALKER, answer, lines
 from train.checkpoint import open_weights
 from train.feed import open_feed
-from train.main import main, model_config
+from train.main import main
+from train.opening import model_config
 from train.optim import select_trainable
 from train.preference import TERMS as TERMS_IN_ORDER
 from train.preference import PreferenceConfig, PreferenceObjective

@@ -13,7 +13,7 @@ from models.config import ThinkerConfig
 from models.thinker import Thinker
 from train.config import Recipe
 from train.errors import RecipeError
-from train.main import model_config
+from train.opening import model_config
 from train.optim import select_trainable
 from train.recipe import as_yaml, load_recipe, load_saved, recipe_names
 

@@ -25,7 +25,8 @@ from train.engines import WEIGHT
 from train.errors import CheckpointError, RecipeError
 from train.feed import open_evaluator, open_feed, work_for
 from train.layout import work_of
-from train.main import main, model_config
+from train.main import main
+from train.opening import model_config
 from train.recipe import load_recipe
 
 DECODER = "{hidden_size: 24, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 32}"

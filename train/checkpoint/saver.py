@@ -2,7 +2,7 @@
 
     Saver(...)    starts the writer process, which shares an anonymous memory file (no name in /dev/shm: no leaks)
     save()        waits for the previous write if it still runs, copies, sends; returns the seconds that it blocked
-    poll()        notices a finished or failed write without waiting
+    poll()        notices a finished or failed write without waiting; wait() waits for it
     close()       waits until everything is published
 
 Cost: one copy of the fragments per save (memory speed), and as much memory as the rank's fp32 weights and moments take.
@@ -120,6 +120,11 @@ class Saver:
     def poll(self) -> int | None:
         """Step of the newest checkpoint that this rank wrote; notices a failed write. Does not wait."""
         self._settle(wait=False)
+        return self.saved_step
+
+    def wait(self) -> int | None:
+        """As `poll`, after the write under way."""
+        self._settle(wait=True)
         return self.saved_step
 
     def close(self) -> None:

@@ -13,6 +13,8 @@ Rules that every engine keeps (tests/test_engine_contract.py holds them):
 * The learning rate is an argument. No scheduler state exists.
 * The same global batch gives the same loss and gradient norm, whatever the ranks, degrees or split into micro-batches.
 * Every rank enters the same modules in the same order, whatever its batch holds.
+* Where the loss or the gradient is not finite, on whatever rank, no rank makes the update: weights, moments, the
+  optimizer's count of steps and the expert shares keep their bits, and StepStats says so.
 """
 
 from __future__ import annotations
@@ -53,6 +55,7 @@ class StepStats:
     num_skipped: int  # samples left out because they could not be read
     expert_shares: Mapping[str, Tensor]  # [L, E] share of the assignments that each expert received, rows sum to 1
     seen: Seen = Seen()  # what else it tells; what costs something only where asked for
+    applied: bool = True  # False: loss or gradient is not finite, and the step left the engine's state as it was
 
 
 @dataclass(frozen=True)

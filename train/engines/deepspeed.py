@@ -3,7 +3,7 @@
     media of the step -> encoders, each rank its share -> features where they are needed   (train/encoders.py)
     for each micro-batch: forward -> local sum / global count * ranks -> engine.backward   (ZeRO averages over ranks)
     gradients of the features -> backward of the encoders
-    sums and expert counts of all ranks, finite? -> engine.step: clip, AdamW on this rank's part of the fp32 masters
+    sums and expert counts of all ranks -> engine.step: finite? clip, AdamW on this rank's part of the fp32 masters
 
 How it keeps the contract:
 
@@ -23,6 +23,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import io
+import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -39,7 +40,7 @@ from data.types import Batch
 from train import ranks
 from train.encoders import SharedEncoding
 from train.engines import MOMENTS, VALUE, WEIGHT, Fragment, Shard, StateReader, StepStats, autoep
-from train.engines.deepspeed_config import configuration, optimizer_factory
+from train.engines.deepspeed_config import Initial, configuration, optimizer_factory
 from train.engines.scoring import Scoring
 from train.engines.setup import (
     AnyObjective,
@@ -64,21 +65,6 @@ class _Owned(NamedTuple):
     name: str
     start: int
     tensors: Mapping[str, Tensor]  # flat views; fp32 unless the parameter is frozen
-
-
-class _Initial:
-    """The initial weights as a StateReader."""
-
-    step = 0
-
-    def __init__(self, weights: Mapping[str, Tensor]) -> None:
-        self.weights = weights
-
-    def kinds(self, name: str) -> frozenset[str]:
-        return frozenset({WEIGHT}) if name in self.weights else frozenset()
-
-    def read(self, kind: str, name: str, shape: Sequence[int], start: int, length: int) -> Tensor:
-        return self.weights[name].view(-1)[start : start + length]
 
 
 class DeepSpeedEngine(Scoring):
@@ -116,7 +102,7 @@ class DeepSpeedEngine(Scoring):
         self.shares = first_shares(self.objective, self.device)
         self._sharing = setup.engine.share_encoders and ranks.world() > 1 and setup.encodes
         if initial is not None:
-            self.restore(_Initial(initial), optimizer_step=0)
+            self.restore(Initial(initial), optimizer_step=0)
 
     @property
     def _is_bf16(self) -> bool:
@@ -137,33 +123,41 @@ class DeepSpeedEngine(Scoring):
         found_K = torch.zeros(len(objective.terms) + 1, dtype=torch.float64)  # the last is the balance loss
         counts = [torch.zeros_like(share_LE) for share_LE in self.shares]
         clock, tally = Clock(self.device), Tally(objective, look, self.device, self.towers.scales)
+        self.setup.beat("encoders" if self._sharing else "forward")
         shared = self._shared(microbatches) if self._sharing else None
         parts = list(shared.parts()) if shared else [(batch, None) for batch in microbatches]
         for number, (batch, features) in enumerate(parts, 1):
+            self.setup.beat("forward")
             batch, *part = self.replica.cut(batch) if self.replica else (batch,)
             sums = self.engine(batch.to(self.device), features, *part)
             clock.mark("forward")
             balance_share = balance_losses(self.shares, sums.probs, totals.tokens)
             share = weighted(sums.losses_K, objective.terms, totals) + self.setup.loss.balance * balance_share
-            self._backward(share * ranks.world(), last=number == len(parts) and not (shared and shared.learns))
+            # a loss that is not finite makes every gradient so: DeepSpeed looks at gradients alone before it updates
+            self.setup.beat("backward")
+            scale = torch.where(share.detach().isfinite(), float(ranks.world()), torch.nan)
+            self._backward(share * scale, last=number == len(parts) and not (shared and shared.learns))
             clock.mark("backward")
             tally.add(sums)
             found_K += torch.cat([sums.losses_K, balance_share.to(sums.losses_K).view(1)]).detach().cpu().double()
             counts = [count_LE + more_LE for count_LE, more_LE in zip(counts, sums.counts, strict=True)]
         if shared and shared.learns:
+            self.setup.beat("encoders")
             self._backward(shared.loss() + self._nothing(), last=True)
             clock.mark("backward")
         flat = [found_K.to(self.device), *(count_LE.flatten().double() for count_LE in counts), tally.vector()]
         everything = ranks.total(torch.cat(flat))
-        if not torch.isfinite(everything).all():
-            raise EngineError("the loss is not finite; the update was not made")
         clock.mark()
-        grad_norm = self._update(lr)
+        self.setup.beat("optimizer")
+        grad_norm, applied = self._update(lr)
         clock.mark("optimizer")
+        if applied and not torch.isfinite(everything).all():
+            raise EngineError("the loss is not finite, but DeepSpeed made the update; go back to the last checkpoint")
         found_K, *flat, tallied = everything.split([len(part) for part in flat])
         counts = [values.view(count_LE.shape).float() for values, count_LE in zip(flat, counts, strict=True)]
-        self.shares = [next_share(count_LE).to(self.device) for count_LE in counts]
-        stats = stats_of(objective, totals, found_K[:-1], float(found_K[-1]), grad_norm, self.shares)
+        if applied:
+            self.shares = [next_share(count_LE).to(self.device) for count_LE in counts]
+        stats = stats_of(objective, totals, found_K[:-1], float(found_K[-1]), grad_norm, self.shares, applied)
         return replace(stats, seen=tally.seen(clock, self._norms(grad_norm), tallied))
 
     def _note_gradients(self, *_: Any) -> None:
@@ -209,12 +203,12 @@ class DeepSpeedEngine(Scoring):
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss, scale_wrt_gas=False)
 
-    def _update(self, lr: float) -> float:
+    def _update(self, lr: float) -> tuple[float, bool]:
+        """Norm of the gradient, and whether the update was made: DeepSpeed's ranks agree about that."""
         set_lr(self.optimizer.param_groups, lr)
         self.engine.step()
-        if not self.engine.was_step_applied():
-            raise EngineError("the gradient is not finite; the update was not made")
-        return float(self.engine.get_global_grad_norm())
+        applied = self.engine.was_step_applied()
+        return (float(self.engine.get_global_grad_norm()) if applied else math.nan), applied
 
     @torch.no_grad()
     def eval_step(self, batch: Batch) -> Mapping[str, float]:

@@ -6,11 +6,13 @@ EngineSetup --configuration--> DeepSpeed's dictionary
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from train.engines import WEIGHT
 from train.engines.setup import EngineSetup
 
 BUCKET = 50_000_000  # elements reduced together; DeepSpeed's default would allocate 2 GB of fp32
@@ -59,3 +61,21 @@ def configuration(setup: EngineSetup, ep: int, num_parameters: int) -> dict[str,
     if ep > 1:
         config["expert_parallel"] = {"enabled": True, "autoep_size": ep}
     return config
+
+
+class Initial:
+    """The initial weights as a StateReader."""
+
+    step = 0
+
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+        """By the names of the model in memory, whole."""
+        self.weights = weights
+
+    def kinds(self, name: str) -> frozenset[str]:
+        """See train.engines.StateReader."""
+        return frozenset({WEIGHT}) if name in self.weights else frozenset()
+
+    def read(self, kind: str, name: str, shape: Sequence[int], start: int, length: int) -> Tensor:
+        """See train.engines.StateReader."""
+        return self.weights[name].view(-1)[start : start + length]

@@ -69,9 +69,11 @@ class LocalEngine(Scoring):
         losses_K = torch.zeros(len(objective.terms), dtype=torch.float64)
         balance, counts = 0.0, [torch.zeros_like(share_LE) for share_LE in self.shares]
         for batch in microbatches:
+            self.setup.beat("forward")
             sums = objective(batch.to(self.device))
             clock.mark("forward")
             balance_share = balance_losses(self.shares, sums.probs, totals.tokens)
+            self.setup.beat("backward")
             (weighted(sums.losses_K, objective.terms, totals) + self.setup.loss.balance * balance_share).backward()
             self._accumulate()
             clock.mark("backward")
@@ -81,10 +83,12 @@ class LocalEngine(Scoring):
             counts = [count_LE + more_LE for count_LE, more_LE in zip(counts, sums.counts, strict=True)]
         norms = self._norms() if look.norms else {}
         clock.mark()
-        grad_norm = self._update(lr)
+        self.setup.beat("optimizer")
+        grad_norm, applied = self._update(lr, finite=bool(losses_K.isfinite().all()) and math.isfinite(balance))
         clock.mark("optimizer")
-        self.shares = [next_share(count_LE) for count_LE in counts]
-        stats = stats_of(objective, totals, losses_K, balance, grad_norm, self.shares)
+        if applied:
+            self.shares = [next_share(count_LE) for count_LE in counts]
+        stats = stats_of(objective, totals, losses_K, balance, grad_norm, self.shares, applied)
         return replace(stats, seen=tally.seen(clock, norms))
 
     def _norms(self) -> dict[str, float]:
@@ -100,17 +104,19 @@ class LocalEngine(Scoring):
                 grad, parameter.grad = parameter.grad.float(), None
                 master.grad = grad if master.grad is None else master.grad.add_(grad)
 
-    def _update(self, lr: float) -> float:
+    def _update(self, lr: float, finite: bool) -> tuple[float, bool]:
+        """Norm of the gradient, and whether the update was made: not where loss or gradient are not finite."""
         masters = [master for _, parameter, master in self.masters if parameter.requires_grad]
         clip = self.setup.optim.clip or float("inf")
         grad_norm = nn.utils.clip_grad_norm_(masters, clip, foreach=True).item()
-        if not math.isfinite(grad_norm):
-            raise EngineError("the gradient is not finite; the update was not made")
-        set_lr(self.optimizer.param_groups, lr)
-        self.optimizer.step()
+        applied = finite and math.isfinite(grad_norm)
+        if applied:
+            set_lr(self.optimizer.param_groups, lr)
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self._sync()
-        return grad_norm
+        if applied:
+            self._sync()
+        return grad_norm, applied
 
     @torch.no_grad()
     def _sync(self) -> None:

@@ -64,6 +64,8 @@ class EngineSetup:
     """Whether the run has sets to evaluate on."""
     lora: LoraConfig | None = None
     """Adapters that the model has; they alone learn then."""
+    beat: Callable[[str], object] = str
+    """Told which part of a step begins (train/heartbeat.py)."""
 
     @property
     def betas(self) -> tuple[float, float]:
@@ -159,6 +161,7 @@ def stats_of(
     balance: float,
     grad_norm: float,
     shares: Sequence[Tensor],
+    applied: bool = True,
 ) -> StepStats:
     """What a step reports, from sums over the global batch."""
     means = losses_K.tolist()
@@ -172,6 +175,7 @@ def stats_of(
         num_targets=sum(totals.targets),
         num_skipped=totals.skipped,
         expert_shares={r.name: share_LE.cpu() for r, share_LE in zip(objective.routers, shares, strict=True)},
+        applied=applied,
     )
 
 

@@ -144,14 +144,18 @@ class MegatronEngine:
         self.passes.counts_kinds = tally.kinds is not None
         batches = [batch.to(self.device) for batch in self._even(microbatches)]
         think, speak = self._shares_of_loss(totals)
+        self.setup.beat("forward_backward")
         sums = self.passes.step(batches, think, speak)
         losses_K, balance, counts, tallied = self._found(sums, totals, tally)
         self._finalize()
         clock.mark("forward_backward")
-        grad_norm, norms = self._update(lr, look)
+        self.setup.beat("optimizer")
+        finite = bool(losses_K.isfinite().all()) and math.isfinite(balance)
+        grad_norm, applied, norms = self._update(lr, finite, look)
         clock.mark("optimizer")
-        self.shares = [next_share(count_LE).to(self.device) for count_LE in counts]
-        stats = stats_of(self.objective, totals, losses_K, balance, grad_norm, self.shares)
+        if applied:
+            self.shares = [next_share(count_LE).to(self.device) for count_LE in counts]
+        stats = stats_of(self.objective, totals, losses_K, balance, grad_norm, self.shares, applied)
         return replace(stats, seen=tally.seen(clock, norms, tallied))
 
     def _even(self, microbatches: Sequence[Batch]) -> list[Batch]:
@@ -185,10 +189,7 @@ class MegatronEngine:
     def _found(
         self, sums: Sequence[Tensor], totals: Totals, tally: Tally
     ) -> tuple[Tensor, float, list[Tensor], Tensor]:
-        """Sums of the terms, balance loss, expert counts and the tally of all ranks.
-
-        Raises EngineError for a loss not finite.
-        """
+        """Sums of the terms, balance loss, expert counts and the tally of all ranks."""
         terms = len(self.objective.terms)
         found_K = torch.zeros(terms, dtype=torch.float64, device=self.device)
         if sums:
@@ -201,8 +202,6 @@ class MegatronEngine:
         if self.passes.media is not None:
             tally.media += self.passes.media
         everything = ranks.total(torch.cat([found_K, *(count.flatten() for count in counts), tally.vector()]))
-        if not torch.isfinite(everything).all():
-            raise EngineError("the loss is not finite; the update was not made")
         sizes = [terms, *(count.numel() for count in counts)]
         losses_K, *flat, tallied = everything.split([*sizes, len(everything) - sum(sizes)])
         balance, found = 0.0, []
@@ -217,13 +216,12 @@ class MegatronEngine:
         """Sum gradients over data, context and tensor ranks."""
         finalize_model_grads(self.parts.all)
 
-    def _update(self, lr: float, look: Look) -> tuple[float, dict[str, float]]:
-        """Megatron's step, with a look at the norm before anything changes."""
+    def _update(self, lr: float, finite: bool, look: Look) -> tuple[float, bool, dict[str, float]]:
+        """Megatron's step, unless loss or norm is not finite: the norm, whether it was made, norms of towers."""
         self.optimizer.prepare_grads()
-        grad_norm = float(self.optimizer.get_grad_norm())
-        if not math.isfinite(grad_norm):
-            raise EngineError("the gradient is not finite; the update was not made")
-        norms = {}
+        grad_norm, norms = float(self.optimizer.get_grad_norm()), {}
+        if not (finite and math.isfinite(grad_norm)):
+            return grad_norm, False, norms  # the next step begins with zero gradients
         if look.norms:
             norms = self.towers.norms(ranks.total(self.towers.squares(self.state.gradients())))
         for part in self.optimizer.chained_optimizers:
@@ -233,7 +231,7 @@ class MegatronEngine:
             group["lr"] = lr * group["lr_mult"]
             group["weight_decay"] = self.setup.optim.weight_decay * group["wd_mult"]
         self.optimizer.step_with_ready_grads()
-        return grad_norm, norms
+        return grad_norm, True, norms
 
     def eval_step(self, batch: Batch) -> Mapping[str, float]:
         """See train.engines.Engine."""
