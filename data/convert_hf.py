@@ -354,13 +354,13 @@ def _part(media: Media, kind: str, file: Any) -> dict[str, Any]:
     if not isinstance(file, Mapping) or not file.get("bytes"):
         return media.part(kind, file.get("path") if isinstance(file, Mapping) else file)
     payload = bytes(file["bytes"])
-    extension = _extension(kind, str(file.get("path") or ""), payload)
+    extension = extension_of(kind, str(file.get("path") or ""), payload)
     if not extension:
         raise BadSample(f"unknown format of {kind}: {file['column']!r} starts with {payload[:8]!r}")
     return media.add(kind, extension, partial(bytes, payload), len(media.reads))
 
 
-def _extension(kind: str, path: str, payload: bytes) -> str:
+def extension_of(kind: str, path: str, payload: bytes) -> str:
     """The extension that a path or else the first bytes tell; "" where neither is of this kind."""
     extension = path.rpartition(".")[2].lower()
     if extension in EXTENSIONS[kind]:
