@@ -72,12 +72,12 @@ def made(monkeypatch: pytest.MonkeyPatch, status: int) -> list[str]:
 
 def test_it_ends_where_training_was_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     ran = made(monkeypatch, 0)
-    assert tour.main([]) == 130 and ran == ["recipe=demo"], "no Talker is taught by half a Thinker"
+    assert tour.main([]) == 130 and ran == ["recipe=curriculum_demo"], "no Talker is taught by half a Thinker"
 
 
 def test_a_codec_that_failed_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     ran = made(monkeypatch, 2)
-    assert tour.main([]) == 2 and ran == ["recipe=demo"]
+    assert tour.main([]) == 2 and ran == ["recipe=curriculum_demo"]
     assert (
         capsys.readouterr().err == "error: the speech codec could not be made: outputs/demo_data/codec.log says why\n"
     )
@@ -111,9 +111,15 @@ def test_the_whole_tour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     monkeypatch.setattr(
         tour, "CODEC", ["codebooks=6", "codebook_size=256", "vocoder_steps=3", "max_seconds=150", "answers=1"]
     )
-    monkeypatch.setattr(tour, "TEACH", [*tour.TEACH, "phases.speech.steps=3"])
-    settings = [f"phases.{name}.steps=2" for name in ("encoders", "alignment", "pretraining")]
+
+    def few(stage: str, **phases: int) -> list[str]:
+        return [f"{stage}.phases.{name}.steps={steps}" for name, steps in phases.items()]
+
+    settings = [*few("audio_encoder", all=2), *few("foundation", sight=2), *few("stage2", all=2), *few("stage3", all=2)]
+    settings += few("stage1", audio_adapter=1, audio_encoder=1, vision_adapter=1, vision_encoder=1)
+    settings += [*few("talker", context=2, continued=1), *few("sft", both=1)]
     assert tour.main(settings) == 0
     said = capsys.readouterr().out
     assert "understanding: word error rate" in said and said.count("-speech.wav") >= 5 and "took" in said
+    assert "report.html" in said and (tour.RUN / "report.html").is_file()
     assert tour.main(settings) == 0

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 
+from data.tokenizer import train_tokenizer
 from train.curriculum import in_order, is_curriculum, load_curriculum
 from train.errors import RecipeError
+from train.opening import engine_setup, model_config
+from train.parallel import Degrees, Layout, check_layout, check_long, check_sequence
+from train.recipe import spans
 
 STAGE = "{recipe: transcribe}"
 
@@ -129,3 +135,26 @@ def test_tokens_become_steps(tmp_path: Path) -> None:
     phases = load_curriculum([write(tmp_path, stages)]).stages[0].recipe.phases
     assert phases["x"].steps == 131  # of 768 tokens
     assert phases["y"].steps == 2
+
+
+CURRICULA = {"curriculum": 64, "curriculum_1b": 8, "curriculum_demo": 1}
+FILL = ["data.tokenizer=t", "data.codec=c"]
+
+
+@pytest.mark.parametrize("name", CURRICULA)
+def test_every_stage_builds_and_its_layout_can_be(name: str) -> None:
+    """On the meta device, with phases whose patterns all name parameters, and the layout for so many processes."""
+    words = train_tokenizer(["a b c"], 300)
+    more = [] if name == "curriculum_demo" else ["stage1.init=weights"]
+    for stage in load_curriculum([f"recipe={name}", *FILL, *more]).stages:
+        recipe = stage.recipe
+        model = model_config(recipe, words)
+        degrees = {each.name: getattr(recipe.engine, each.name) for each in fields(Degrees)}
+        layout = Layout(**degrees, world=CURRICULA[name])
+        check_layout(model, layout)
+        check_long(model, layout)
+        for span in spans(recipe):
+            setup = engine_setup(recipe, model, span, torch.device("cpu"))
+            objective = setup.build_objective(drawn=False)
+            assert any(parameter.requires_grad for parameter in objective.model.parameters()), (stage.name, span.name)
+            check_sequence(layout, setup.sequence_length)
