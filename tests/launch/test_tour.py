@@ -86,7 +86,9 @@ def test_a_codec_that_failed_is_told(monkeypatch: pytest.MonkeyPatch, capsys: py
 def test_a_misspelt_setting_is_told_first(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(tour.corpus, "main", lambda argv: pytest.fail("a corpus was made"))
     assert tour.main(["optim.lrr=1"]) == 2
-    assert capsys.readouterr().err == "error: unknown setting 'optim.lrr', did you mean 'optim.lr'?\n"
+    assert (
+        capsys.readouterr().err == "error: stage audio_encoder: unknown setting 'optim.lrr', did you mean 'optim.lr'?\n"
+    )
 
 
 @pytest.mark.slow
