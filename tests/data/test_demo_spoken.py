@@ -58,7 +58,8 @@ def text_answered(record: SampleRecord) -> str:
 
 def test_other_tasks_are_as_they_were() -> None:
     """Pinned: the plan holds every text, voice, scene and seed that media are made of."""
-    digest = hashlib.sha256(repr(plan(TINY)).encode()).hexdigest()
+    text = repr(plan(TINY)).replace(", grading=None", "")  # a field that samples have since, and these leave empty
+    digest = hashlib.sha256(text.encode()).hexdigest()
     assert digest == "06b920a634ef53ef1e1e17f716aaaf5ba148d2b56b1454e2852e7ae8e0a36426"
     assert Settings().tasks == tuple(TASKS) and not set(TASKS) & set(SPOKEN)
     assert tuple(KNOWN_TASKS) == (*TASKS, *SPOKEN, *SMALL)

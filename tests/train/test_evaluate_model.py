@@ -164,9 +164,9 @@ def test_media_are_encoded_once_however_long_the_answers(shards: str, monkeypatc
     heard: list[int] = []
     forward = AudioEncoder.forward
 
-    def counted(self: AudioEncoder, mel_FM: Tensor, lengths: Any) -> Tensor:
+    def counted(self: AudioEncoder, mel_FM: Tensor, *lengths: Any) -> Tensor:
         heard.append(len(mel_FM))
-        return forward(self, mel_FM, lengths)
+        return forward(self, mel_FM, *lengths)
 
     monkeypatch.setattr(AudioEncoder, "forward", counted)
     engine, prompts = FolderEngine(model(), torch.device("cpu")), evaluator(shards, "asr").sets["set"]

@@ -62,7 +62,6 @@ def test_layouts_that_cannot_be(degrees: dict[str, Any], said: str) -> None:
         (Layout("local", world=2), "engine.name=local is one process"),
         (Layout("local", ep=2), "engine.ep=2 needs engine.name=deepspeed or megatron"),
         (Layout("deepspeed", world=2, tp=2), "engine.tp=2 needs engine.name=megatron"),
-        (Layout("deepspeed", world=2, recompute_layers=True), "engine.recompute_layers=true needs"),
         (Layout("deepspeed", world=2, zero=4), "engine.zero=4; it is 1, 2 or 3"),
         (Layout("tensorflow"), "engine.name=tensorflow; it is one of local, deepspeed, megatron"),
     ],
