@@ -207,6 +207,16 @@ class _Beating:
         self._heart.beat("evaluate")
         return self._engine.generate(*arguments)
 
+    def losses(self, *arguments: Any) -> Any:
+        """See train.engines.Engine."""
+        self._heart.beat("evaluate")
+        return self._engine.losses(*arguments)
+
+    def likelihoods(self, *arguments: Any) -> Any:
+        """See train.engines.Engine."""
+        self._heart.beat("evaluate")
+        return self._engine.likelihoods(*arguments)
+
 
 def media_of(batches: Sequence[Batch]) -> str:
     """What media a rank's batches hold, for instance `audio, video`."""
