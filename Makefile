@@ -27,7 +27,7 @@ fsdd-talker: .venv/.stamp  ## the same recordings: a Talker says digits in three
 	@$(BIN)/python -m launch.fsdd_talker $(FSDD)
 
 test: .venv/.stamp
-	@$(BIN)/python -m pytest -q -m "not slow and not gpu" --numprocesses 2 --dist loadfile
+	@$(BIN)/python -m pytest -q -m "not slow and not gpu" --numprocesses 2 --dist loadfile --durations 40
 
 test-slow: .venv/.stamp
 	@$(BIN)/python -m pytest -q -m "slow and not gpu" --numprocesses 2 --dist loadfile
