@@ -82,7 +82,10 @@ def test_degrees_that_are_given_are_kept() -> None:
         (["precision=fp8"], "precision=fp8; it is one of bf16, fp32"),
         (["seqq=1"], "unknown argument 'seqq', did you mean 'seq'?"),
         (["batch_tokens=1000000", "sequences_per_step=4"], "not both"),
-        (["seq=32766", "engine=megatron", "engine.cp=8"], "data.sequence_length=32766 is not a multiple of 2 x engine.cp=8"),
+        (
+            ["seq=32766", "engine=megatron", "engine.cp=8"],
+            "data.sequence_length=32766 is not a multiple of 2 x engine.cp=8",
+        ),
         (["gpus=1", "gpu=rtx4090", "engine=local"], "engine.name=local needs "),
         (
             ["sequences_per_step=3", "engine=deepspeed"],
