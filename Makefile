@@ -4,7 +4,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup demo fsdd fsdd-talker test test-slow check format gpu-wheels clean
+.PHONY: setup demo fsdd fsdd-talker test test-slow check format docs gpu-wheels clean
 .DEFAULT_GOAL := setup
 
 setup: .venv/.stamp
@@ -41,9 +41,12 @@ format: .venv/.stamp
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
+docs: .venv/.stamp  ## the documentation site, in site/; a wrong link is an error
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --clean
+
 GPU_PYTHON ?= 3.12
 gpu-wheels: .venv/.stamp  ## wheels/ for bench/gpu/run.sh on a machine without a network; its Python is GPU_PYTHON
 	@$(BIN)/python -m bench.gpu.wheels --python $(GPU_PYTHON)
 
 clean:
-	rm -rf .venv build dist outputs
+	rm -rf .venv build dist outputs site

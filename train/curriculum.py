@@ -185,7 +185,7 @@ def _compose(
         merged["name"], merged["run"], merged["carry"] = stage, str(run / stage), config.carry
         begins = [str(run / name) for name in reversed(config.after)]
         if given:
-            merged["init"] = given[-1]
+            merged["init"] = None if given[-1] in ("null", "") else given[-1]
         elif begins and OmegaConf.is_missing(merged, "init") and not OmegaConf.is_missing(settings[-1], "init"):
             merged["init"] = None  # the stages before it are what the recipe asks for
         if begins and not OmegaConf.is_missing(merged, "init"):

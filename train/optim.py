@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from models.hf import full_name
 from train.config import OptimConfig, Phase
 from train.errors import RecipeError
 
@@ -35,7 +36,16 @@ def lr_at(step: int, start: int, phase: Phase, optim: OptimConfig) -> float:
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
     """Whether a parameter's name fits one of the shell-style patterns."""
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+    return any(fits(name, pattern) for pattern in patterns)
+
+
+def fits(name: str, pattern: str) -> bool:
+    """Whether a parameter's name fits a shell-style pattern, `thinker.` before either of them or not.
+
+    A Thinker by itself has `model.norm.weight`, the same in a whole model is `thinker.model.norm.weight`.
+    """
+    whole = full_name(name)
+    return any(fnmatch.fnmatchcase(each, pattern) for each in {name, whole, whole.removeprefix("thinker.")})
 
 
 def select_trainable(model: nn.Module, phase: Phase, where: str) -> None:
@@ -43,7 +53,7 @@ def select_trainable(model: nn.Module, phase: Phase, where: str) -> None:
     names = [name for name, _ in model.named_parameters()]
     for key in ("train", "freeze"):
         for pattern in getattr(phase, key):
-            if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+            if not any(fits(name, pattern) for name in names):
                 raise RecipeError(
                     f"phases.{where}.{key}: no parameter fits {pattern!r}; names look like {names[0]!r}, {names[-1]!r}"
                 )
@@ -60,7 +70,7 @@ def is_decayed(name: str, parameter: nn.Parameter) -> bool:
 
 def group_of(name: str, parameter: nn.Parameter, optim: OptimConfig) -> tuple[float, bool]:
     """Learning-rate multiplier of a parameter, and whether it is decayed."""
-    scale = next((s for pattern, s in optim.lr_scale.items() if fnmatch.fnmatchcase(name, pattern)), 1.0)
+    scale = next((s for pattern, s in optim.lr_scale.items() if fits(name, pattern)), 1.0)
     return scale, is_decayed(name, parameter)
 
 

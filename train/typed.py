@@ -94,6 +94,8 @@ def _plain(kind: type, value: Any, path: str) -> Any:
             return float(value)  # YAML reads 1e-3 as text
         except ValueError:
             pass
+    if kind is str and value is False:
+        return "off"  # YAML reads off as false, and log.view, log.wandb and phases.X.speech have it
     if kind is str and isinstance(value, str | int | float):
         return str(value)
     raise RecipeError(f"{path}: expected {_NAMES[kind]}, got {value!r}")

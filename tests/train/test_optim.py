@@ -9,7 +9,7 @@ from torch import nn
 
 from train.config import OptimConfig, Phase
 from train.errors import RecipeError
-from train.optim import lr_at, param_groups, select_trainable
+from train.optim import fits, lr_at, param_groups, select_trainable
 
 
 class Toy(nn.Module):
@@ -59,3 +59,10 @@ def test_select_trainable() -> None:
         select_trainable(model, Phase(steps=1, train=["twer.*"]), "adapter")
     with pytest.raises(RecipeError, match="leaves nothing to train"):
         select_trainable(model, Phase(steps=1, freeze=["*"]), "adapter")
+
+
+def test_patterns_fit_a_thinker_by_itself_and_in_a_whole_model() -> None:
+    for pattern in ("audio_tower.*", "thinker.audio_tower.*"):
+        assert fits("audio_tower.proj1.weight", pattern) and fits("thinker.audio_tower.proj1.weight", pattern)
+    assert not fits("talker.model.norm.weight", "model.*") and fits("thinker.model.norm.weight", "model.*")
+    assert not fits("audio_decoder.norm.weight", "thinker.*")

@@ -27,6 +27,11 @@ def test_every_recipe_composes(name: str) -> None:
     assert recipe.model.audio.output_dim == recipe.model.text.hidden_size
 
 
+def test_off_is_off_though_yaml_reads_false() -> None:
+    recipe = load_recipe(["recipe=transcribe", "log.view=off", "log.wandb=off", "phases.all.speech=off"])
+    assert (recipe.log.view, recipe.log.wandb, recipe.phases["all"].speech) == ("off", "off", "off")
+
+
 def test_overrides_reach_their_place_with_their_type() -> None:
     recipe = load_recipe(
         ["recipe=transcribe", "engine=deepspeed", "engine.zero=3", "optim.lr=1e-4", "phases.all.steps=7", "init=null"]
