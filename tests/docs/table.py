@@ -140,6 +140,7 @@ RULES = (
     Rule(r"bench\.|suite=regression|log\.view=bar|log\.tensorboard|guard\.spike|--sequence-length 8192|launch\.(voice|preferences|demo run=outputs)"
          r"|recipe=code2wav data|recipe=audio_encoder_demo|run=outputs/audio_encoder_demo", "seconds each, beside others alike", slow=True),
     Rule(r"^(torchrun|launch/local\.sh)(?!.*(small_data|my_model|curriculum_1b))", "processes that each import everything", slow=True),
+    Rule(r"outputs/mine|adapter=ADAPTER", "from the run of a slow command", slow=True),
 )  # fmt: skip
 
 

@@ -46,6 +46,7 @@ def until(holds: Callable[[], object], process: subprocess.Popen[str], timeout_s
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_the_same_command_goes_on(corpus: Path, tmp_path: Path) -> None:
     run = tmp_path / "a run"
     process = begin(corpus, run, "save.every=1000", "phases.all.steps=200")
@@ -63,6 +64,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(corpus: Path, tmp_path: Path)
     assert process.returncode == 0 and f"resumed at step {step}" in output, output + errors
 
 
+@pytest.mark.slow
 def test_a_crash_is_restarted_up_to_the_limit(corpus: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = begin(corpus, run, "restarts=1", "save.every=1000", "phases.all.steps=400")

@@ -141,6 +141,7 @@ def test_resume_is_exact(local: dict[str, Any], folder: Path) -> None:
     assert got.keys() == local["last"].keys() and all(torch.equal(got[key], local["last"][key]) for key in got)
 
 
+@pytest.mark.slow
 def test_zero_stages_equal_local(local: dict[str, Any], folder: Path) -> None:
     pytest.importorskip("deepspeed", reason="the extra `deepspeed` is not installed")
     ranks = spawn(lora_cases.two_processes, 2, str(folder), timeout=240)

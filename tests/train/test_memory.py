@@ -44,6 +44,7 @@ def test_peak_of_one_process(case: Case) -> None:
     assert expected(case).total == pytest.approx(measure(case.name), rel=WITHIN)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slow", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("engine", "package"), [("deepspeed", "deepspeed"), ("megatron", "megatron.core")])
 def test_peaks_of_two_processes(engine: str, package: str, slow: bool) -> None:

@@ -112,6 +112,7 @@ def test_deepspeed_to_local_to_deepspeed(corpus: Path, unbroken: Path, tmp_path:
     assert keys(run) == keys(unbroken)
 
 
+@pytest.mark.slow
 def test_megatron_to_local_to_megatron(corpus: Path, tmp_path: Path) -> None:
     """Tensor parallel, then one plain process, then experts on two ranks that share every pack."""
     pytest.importorskip("megatron.core", reason="the extra `megatron` is not installed")
