@@ -157,6 +157,9 @@ class TableRows:
             yield Row(f"{self.name} row {number}", made(self, number, {"table": name, **row}))
 
 
+Sources = dict[str, Rows | TableRows]  # of a set, by the name of the shards' source
+
+
 def made(source: Rows | TableRows, number: int, row: Mapping[str, Any]) -> Item | BadSample:
     """The item of a row, or why there is none."""
     assert source.common is not None

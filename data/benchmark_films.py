@@ -16,8 +16,7 @@ from typing import Any
 from data.benchmark import (
     File,
     Question,
-    Rows,
-    TableRows,
+    Sources,
     Wanted,
     by_letter,
     by_text,
@@ -30,7 +29,6 @@ from data.benchmark import (
     unlettered,
 )
 
-Sources = dict[str, Rows | TableRows]
 _MLVU = ("1_plotQA", "2_needle", "3_ego", "4_count", "5_order", "6_anomaly_reco", "7_topic_reasoning")
 _OPTION = re.compile(r"\n\s*\(([A-Z])\)\s*")
 _CLOCK = re.compile(r"(?:(\d+):)?(\d+):(\d+)")

@@ -19,8 +19,7 @@ from data.benchmark import (
     SHORT,
     File,
     Question,
-    Rows,
-    TableRows,
+    Sources,
     Wanted,
     by_letter,
     by_text,
@@ -38,7 +37,6 @@ from data.errors import BadSample
 from data.grading import Grading
 from data.sources import INSTRUCTIONS
 
-Sources = dict[str, Rows | TableRows]
 _IMAGES = tuple(f"image_{number}" for number in range(1, 8))
 _REFERENCE = re.compile(r"<image (\d)>")
 _OPTION = re.compile(r"(?:^|[\s,;])\(?([A-Z])[:.)]\s*")

@@ -15,8 +15,7 @@ from typing import Any
 from data.benchmark import (
     File,
     Question,
-    Rows,
-    TableRows,
+    Sources,
     Wanted,
     by_letter,
     by_text,
@@ -36,7 +35,6 @@ from data.errors import BadSample
 from data.grading import Grading
 from data.sources import INSTRUCTIONS
 
-Sources = dict[str, Rows | TableRows]
 _FLEURS = ("id", "file", "raw", "transcription", "letters", "samples", "gender")
 _GENRES = ("blues", "classical", "country", "disco", "hiphop", "jazz", "metal", "pop", "reggae", "rock")
 _HEARD = "Describe the sound."

@@ -16,7 +16,7 @@ from typing import Any
 
 from data.benchmark import (
     Question,
-    Rows,
+    Sources,
     TableRows,
     Wanted,
     by_letter,
@@ -30,7 +30,6 @@ from data.errors import BadSample
 from data.grading import Grading, letter
 from data.sources import Span
 
-Sources = dict[str, Rows | TableRows]
 _COLUMNS = ("question", "A", "B", "C", "D", "answer")
 
 
