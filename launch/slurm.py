@@ -35,6 +35,7 @@ from pathlib import Path
 from launch.arguments import guarded
 from launch.checked import Checked, checked
 from launch.slurm_script import Job, read_job, script
+from train.checkpoint.saver import COMMIT, commit
 from train.config import Recipe
 from train.errors import RecipeError
 
@@ -119,6 +120,7 @@ def snapshot(folder: Path, run: Checked, job: Job, words: Sequence[str]) -> None
     skip = shutil.ignore_patterns("__pycache__", "*.pyc", ".*")
     for name in CODE:
         shutil.copytree(ROOT / name, folder / "code" / name, ignore=skip)
+    (folder / "code" / COMMIT).write_text(f"{commit(ROOT)}\n")
     (folder / "recipe.yaml").write_text(run.recipe)
     if job.setup:
         shutil.copy(job.setup, folder / "setup.sh")

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.launch.slurm_kit import PRETENDER, call, cluster, ended, job_of, log_of, ranks, submit, wait_until, why_not
-from tests.run_kit import command, finish, keys, losses, saved_settings, start, write_corpus
+from tests.run_kit import ROOT, command, finish, keys, losses, saved_settings, start, write_corpus
+from train.checkpoint.saver import commit
 
 if reason := why_not():
     pytest.skip(reason, allow_module_level=True)
@@ -225,6 +226,7 @@ def test_what_is_edited_later_changes_nothing(pretend: Path, tmp_path: Path) -> 
     assert pretended(pretend, run, "done") == 0
     ended(run)
     code = run / "slurm" / "1" / "code"
+    assert (code / "COMMIT").read_text().strip() == commit(ROOT)
     assert not list(code.rglob("__pycache__")) and (code / "recipes" / "model" / "tiny.yaml").is_file()
     (code / "recipes" / "of_the_snapshot.yaml").write_text((code / "recipes" / "transcribe.yaml").read_text())
     environment = os.environ | {"PYTHONPATH": str(code), "PYTHONSAFEPATH": "1"}

@@ -36,6 +36,7 @@ from train.engines import VALUE, Fragment
 from train.errors import CheckpointError
 
 MAX_FAILURES = 3
+COMMIT = "COMMIT"  # file in a copy of the code without .git: the commit that it is of
 _ROOT = Path(__file__).resolve().parents[2]  # the folder that holds the package `train`, in a checkout and in a wheel
 
 
@@ -284,16 +285,24 @@ def _python_path() -> list[str]:
 
 def _versions() -> dict[str, str]:
     """Versions and git commit, for people who ask later how a checkpoint was made."""
-    versions = {"torch": torch.__version__, "python": platform.python_version(), "commit": "unknown"}
+    versions = {"torch": torch.__version__, "python": platform.python_version()}
     try:
         versions["omniloom"] = importlib.metadata.version("omniloom")
     except importlib.metadata.PackageNotFoundError:
         versions["omniloom"] = "not installed"
-    if (_ROOT / ".git").exists():
-        command = ["git", "-C", str(_ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        try:
-            found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-        except (OSError, subprocess.TimeoutExpired):
-            return versions
-        versions["commit"] = found.stdout.strip() or "unknown"
+    versions["commit"] = commit(_ROOT)
     return versions
+
+
+def commit(root: Path) -> str:
+    """Of a checkout, or the one that a copy of it was made from; "unknown" where nothing says."""
+    if (root / COMMIT).is_file():
+        return (root / COMMIT).read_text(encoding="utf-8").strip()[:100]
+    if not (root / ".git").exists():
+        return "unknown"
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return found.stdout.strip() or "unknown"
