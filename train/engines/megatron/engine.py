@@ -44,7 +44,7 @@ from train.engines.megatron.layout import Peers, stage_of
 from train.engines.megatron.passes import Passes
 from train.engines.megatron.state import State, own_parts
 from train.engines.megatron.waveform import Alone, WavePasses, undivided
-from train.engines.scoring import most_of_all
+from train.engines.scoring import document_losses, most_of_all
 from train.engines.setup import (
     AnyObjective,
     Drawn,
@@ -252,9 +252,12 @@ class MegatronEngine:
 
     def losses(self, batch: Batch) -> list[float]:
         """See train.engines.Engine."""
-        assert isinstance(self.passes, Passes), "a phase of the waveform decoder evaluates nothing"
+        batch = batch.to(self.device)
         with self._megatron(), self._evaluating():
-            return answers.losses_of(self.passes, batch.to(self.device))[0]
+            if isinstance(self.objective, TranscribeObjective):
+                return document_losses(self.objective, batch)
+            assert isinstance(self.passes, Passes), "a phase of the waveform decoder evaluates nothing"
+            return answers.losses_of(self.passes, batch)[0]
 
     def likelihoods(self, batch: Batch, choices: Sequence[Sequence[Sequence[int]]]) -> list[list[float]]:
         """See train.engines.Engine."""
