@@ -290,11 +290,15 @@ def draw_curves(folder: Path) -> Path | None:
     names = sorted({line["eval"] for line in evals})
     if names:
         right = axes[0, 0].twinx()
-        right.set_ylabel("word error rate", fontsize=9)
-        right.set_ylim(0, max(1.0, *(line["wer"] for line in evals)) * 1.05)
+        right.set_ylabel("evaluation", fontsize=9)
         for number, name in enumerate(names):
-            points = [(line["step"], line["wer"]) for line in evals if line["eval"] == name]
-            right.plot(*zip(*points, strict=True), "o--", color=f"C{number + 1}", label=f"WER {name}", markersize=4)
+            mine = [line for line in evals if line["eval"] == name]
+            shown = next(key for key in mine[-1] if key not in ("step", "eval"))  # the suite's most telling one
+            points = [(line["step"], line[shown]) for line in mine if line.get(shown) is not None]
+            if points:
+                label = f"{shown} {name}".replace("_", " ")
+                right.plot(*zip(*points, strict=True), "o--", color=f"C{number + 1}", label=label, markersize=4)
+        right.set_ylim(bottom=0)
         right.legend(fontsize=8)
     for axis in axes[1]:
         axis.set_xlabel("step")

@@ -68,6 +68,14 @@ def test_curves(tmp_path: Path) -> None:
     assert path is not None and path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and path.stat().st_size > 10_000
 
 
+def test_curves_of_a_set_without_words(tmp_path: Path) -> None:
+    run_steps(tmp_path, 0, 5)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 5, "eval": "pictures", "accuracy": 0.5, "questions": 8}) + "\n")
+        file.write(json.dumps({"step": 5, "eval": "nothing_heard", "wer": None}) + "\n")
+    assert draw_curves(tmp_path) is not None
+
+
 def told(audio_loss: float, norms: bool) -> Seen:
     """Two groups of documents, two towers, and on looked-at steps experts by kind."""
     media = torch.zeros(2, GROUPS, dtype=torch.float64)
