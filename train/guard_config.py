@@ -64,6 +64,11 @@ class GuardConfig:
     hang_slow: float = 4.0
     """Times `hang_s` at start-up, in the first step of a phase (compilation), while saving and evaluating."""
 
+    @property
+    def patience_s(self) -> float:
+        """How long a collective may wait for a rank: longer than it takes to name one that hangs."""
+        return max(600.0, self.hang_s * self.hang_slow + 60.0)
+
     def problems(self) -> Iterator[str]:
         """What is wrong with the settings, a line each."""
         least = {

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from train import lineage, ranks
 from train.checkpoint import candidates
+from train.checkpoint.format import folder_step
 from train.config import Recipe
 from train.curriculum import Curriculum, Stage
 from train.errors import RecipeError
@@ -28,11 +29,12 @@ from train.lineage import Entry
 
 def travel(curriculum: Curriculum, train: Callable[[Recipe], bool]) -> bool:
     """Train every chosen stage that is not done; False where it was stopped as asked. Raises this project's errors."""
-    ranks.start(ranks.choose_device(curriculum.stages[0].recipe.engine.device))
+    chosen = curriculum.stages[curriculum.first : curriculum.stop]
+    patience_s = max(stage.recipe.guard.patience_s for stage in chosen)
+    ranks.start(ranks.choose_device(chosen[0].recipe.engine.device), patience_s)
     main, entries = ranks.rank() == 0, lineage.read(curriculum.folder)
     check_all(curriculum, entries)
     ranks.barrier()  # every rank has read what is there before the main one writes
-    chosen = curriculum.stages[curriculum.first : curriculum.stop]
     for stage in chosen:
         found = entries.get(stage.name)
         if found is not None and found.state == "done":
@@ -135,7 +137,7 @@ def end(stage: Stage, entry: Entry, finished: bool) -> Entry:
         entry,
         state="done" if finished else "stopped",
         checkpoint=str(path) if path else None,
-        step=int(newest[0].name.removeprefix("step-")) if newest else 0,
+        step=folder_step(newest[0].name) or 0 if newest else 0,
         tokens=tokens_of(stage.folder / "metrics.jsonl"),
         ended=now(),
     )

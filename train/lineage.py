@@ -19,13 +19,12 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from train.checkpoint import candidates
+from train.checkpoint import best_of, candidates
 from train.config import Recipe
 from train.errors import CheckpointError, RecipeError
 from train.recipe import as_yaml
 
 FILE = "lineage.json"
-STATES = ("waiting", "running", "stopped", "done")
 # How a stage runs, not what comes out of it: these may change after it is done.
 HARMLESS = ("run", "resume", "engine", "log", "save", "guard", "eval.batch_tokens", "data.workers", "data.prefetch")
 MOST_SHOWN = 6  # differences in one line
@@ -36,6 +35,7 @@ class Entry:
     """One stage."""
 
     state: str
+    """waiting, running, stopped or done."""
     after: list[str]
     run: str
     recipe: str
@@ -75,12 +75,13 @@ def write(folder: Path, name: str, entries: Mapping[str, Entry]) -> None:
 
 
 def checkpoint_of(folder: Path, hand_on: str) -> Path | None:
-    """The checkpoint that a stage hands on: its latest or its best one; None where it has none."""
+    """The checkpoint that a stage hands on: its latest, None where it has none, or its best.
+
+    Raises CheckpointError for a stage that is to hand on its best and has none.
+    """
     found = candidates(folder)
-    named = folder / "checkpoints" / "best"
-    if hand_on == "best" and named.is_file():
-        wanted = named.read_text(encoding="utf-8").strip()
-        found = [path for path in found if path.name == wanted]
+    if found and hand_on == "best":
+        return best_of(folder)
     return found[0] if found else None
 
 

@@ -86,7 +86,7 @@ def main(argv: Sequence[str], stopped: int = 0) -> int:
 def train(recipe: Recipe) -> bool:
     """Run every phase that is not done yet; False where it was stopped as asked. Raises this project's errors."""
     device = ranks.choose_device(recipe.engine.device)
-    ranks.start(device, max(600.0, recipe.guard.hang_s * recipe.guard.hang_slow + 60.0))  # who hangs is named first
+    ranks.start(device, recipe.guard.patience_s)
     tokenizer = load_tokenizer(Path(recipe.data.tokenizer))
     model = model_config(recipe, tokenizer)
     feed = open_feed(recipe, tokenizer, model)

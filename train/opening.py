@@ -134,12 +134,11 @@ def open_run(
     heart: Heart,
 ) -> Run:
     """Meters and writer of a phase. The writer's memory is allocated at the first save."""
-    step = manifest.step if manifest else 0
     sharing = ranks.world() // shard.count  # ranks that work on the same packs
     meters = Meters(
         folder,
         recipe.log,
-        start_step=step,
+        start_step=at.step,
         end_step=min(span.stop, recipe.max_steps or span.stop),
         flops=lambda batch: step_flops(setup.model, batch) // sharing,
         # of the Thinker whole: phases with speech run other parts, and have no utilisation to show
@@ -160,7 +159,7 @@ def open_run(
         world=ranks.world(),
         launch_id=f"{ranks.shared_number():x}",
         keep=recipe.save.keep,
-        start_step=step,
+        start_step=at.step,
         released_pieces=released_pieces,
         warn=meters.say,
     )

@@ -8,6 +8,7 @@ Metrics are named SET.METRIC, a set of eval.sets and a number of its report.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -27,8 +28,9 @@ class Record:
     """Evaluations since then."""
 
     def after(self, value: float, step: int, higher: bool, min_delta: float = 0.0) -> Record:
-        """With one more evaluation."""
-        if self.value is None or (value - self.value if higher else self.value - value) > min_delta:
+        """With one more evaluation; a value that is not finite is never better."""
+        better = self.value is None or (value - self.value if higher else self.value - value) > min_delta
+        if better and math.isfinite(value):
             return Record(value, step)
         return replace(self, stale=self.stale + 1)
 

@@ -190,11 +190,10 @@ class Run:
         """Wait until the last checkpoint is published, end the meters, and listen to signals no longer."""
         try:
             self.saver.close()
-            if (
-                ranks.rank() == 0 and self.progress.best_step is not None
-            ):  # the last evaluation comes after the last save
+            best = self.progress.best_step  # of the last evaluation, too, which comes after the last save
+            if ranks.rank() == 0 and best is not None:
                 try:
-                    name_best(self.folder / "checkpoints", self.progress.best_step)
+                    name_best(self.folder / "checkpoints", best)
                 except OSError as error:
                     self.meters.say(f"checkpoints/best could not be written: {error.strerror or error}")
         finally:

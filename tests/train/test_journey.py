@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
 import shutil
 import subprocess
@@ -16,7 +17,10 @@ import yaml
 
 from tests.run_kit import ROOT, TINY, finish, kill, start, write_corpus
 from train.checkpoint import candidates, verify
+from train.errors import CheckpointError
+from train.lineage import checkpoint_of
 from train.main import main
+from train.progress import Record
 
 STEPS = {"ears": 4, "all_of_it": 5, "more": 4}
 
@@ -179,6 +183,39 @@ def test_killed_and_started_again_it_ends_with_the_same_weights(kills: int, corp
     for name in STEPS:
         assert weights(tmp_path / "broken" / "run" / name) == weights(tmp_path / "whole" / "run" / name), name
     assert {entry["state"] for entry in lineage(tmp_path / "broken").values()} == {"done"}
+
+
+def test_a_value_that_is_not_finite_is_never_the_best() -> None:
+    record = Record().after(math.nan, 1, higher=True)
+    assert record == Record(stale=1)
+    record = record.after(0.5, 2, higher=True).after(math.nan, 3, higher=True).after(math.inf, 4, higher=True)
+    assert record == Record(0.5, 2, stale=2)
+
+
+def test_the_best_is_handed_on_or_there_is_none(tmp_path: Path) -> None:
+    assert checkpoint_of(tmp_path, "best") is None  # nothing is there yet
+    for step in (2, 4):
+        folder = tmp_path / "checkpoints" / f"step-{step:08d}"
+        folder.mkdir(parents=True)
+    assert (latest := checkpoint_of(tmp_path, "latest")) is not None and latest.name == "step-00000004"
+    with pytest.raises(CheckpointError, match=r"has no best checkpoint: eval\.best"):
+        checkpoint_of(tmp_path, "best")
+    (tmp_path / "checkpoints" / "best").write_text("step-00000002\n")
+    assert checkpoint_of(tmp_path, "best") == tmp_path / "checkpoints" / "step-00000002"
+
+
+def test_killed_before_its_last_evaluation_it_makes_that_up(corpus: Path, tmp_path: Path) -> None:
+    sets = {"sets": {"heldout": [f"{corpus}/heldout/*.tar"]}, "max_new_tokens": 2}
+    words = [write(tmp_path, corpus, ears={"set": {"phases": {"ears": {"steps": 4}}, "eval": sets}}), "to=ears"]
+    assert main(words) == 0
+    heard = tmp_path / "run" / "ears" / "eval" / "heldout-step00000004.json"
+    before = heard.read_bytes()
+    heard.unlink()
+    tree = json.loads((tmp_path / "run" / "lineage.json").read_text())
+    tree["stages"]["ears"]["state"] = "stopped"
+    (tmp_path / "run" / "lineage.json").write_text(json.dumps(tree))
+    assert main(words) == 0
+    assert heard.read_bytes() == before
 
 
 def test_a_metric_that_gets_no_better_ends_the_run_and_the_best_is_kept(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from train.checkpoint.format import Manifest, ReleasedPieces, identity_pieces, name_best
     from train.checkpoint.reader import CheckpointReader, WeightsReader, open_weights
-    from train.checkpoint.resume import candidates, choose, verify
+    from train.checkpoint.resume import best_of, candidates, choose, verify
     from train.checkpoint.saver import Saver
 
 _MODULE_OF = {
@@ -27,6 +27,7 @@ _MODULE_OF = {
     "CheckpointReader": "reader",
     "WeightsReader": "reader",
     "open_weights": "reader",
+    "best_of": "resume",
     "candidates": "resume",
     "choose": "resume",
     "verify": "resume",
@@ -39,6 +40,7 @@ __all__ = [
     "ReleasedPieces",
     "Saver",
     "WeightsReader",
+    "best_of",
     "candidates",
     "choose",
     "identity_pieces",

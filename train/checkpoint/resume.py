@@ -84,7 +84,7 @@ def choose(
             raise CheckpointError(f"{run_folder}: has {found[0].name} already; set resume=auto, or another run folder")
         return None
     if resume == "best":
-        resume = _best(Path(run_folder))
+        resume = str(best_of(run_folder))
     if resume not in ("auto", "latest"):
         return _choose_path(Path(resume), agree, rank, world)
     for path in found:
@@ -102,13 +102,13 @@ def choose(
     return None
 
 
-def _best(run_folder: Path) -> str:
-    """Path of the checkpoint that checkpoints/best names."""
-    folder = run_folder / "checkpoints"
+def best_of(run_folder: str | os.PathLike[str]) -> Path:
+    """The checkpoint that checkpoints/best names. Raises CheckpointError where there is none."""
+    folder = Path(run_folder) / "checkpoints"
     name = _read_small(folder / "best", 4096).decode(errors="replace").strip() if (folder / "best").exists() else ""
-    if folder_step(name) is None:
+    if folder_step(name) is None or not (folder / name).is_dir():
         raise CheckpointError(f"{run_folder}: has no best checkpoint: eval.best names the metric that chooses it")
-    return str(folder / name)
+    return folder / name
 
 
 def _choose_path(path: Path, agree: Callable[[bool], bool], rank: int, world: int) -> Manifest:
