@@ -15,7 +15,7 @@
     python=PATH                    in the container; otherwise the one that runs this
     env=NAME,NAME                  more variables for the job, by name (launch/slurm_script.py has the list)
 
-    settings --check--> RUN/slurm/N/ code/ recipe.yaml setup.sh job.sbatch --sbatch--> job, log.txt --> RUN
+    settings --check--> RUN/slurm/N/ code/ recipe.yaml recipes/ setup.sh job.sbatch --sbatch--> job, log.txt --> RUN
 
 What is queued runs what was submitted: the code and recipe beside its script, whatever is edited later (docs/slurm.md).
 """
@@ -38,6 +38,7 @@ from launch.slurm_script import Job, read_job, script
 from train.checkpoint.saver import COMMIT, commit
 from train.config import Recipe
 from train.errors import RecipeError
+from train.recipe import recipe_groups
 
 ROOT = Path(__file__).resolve().parents[1]
 CODE = ("train", "data", "models", "launch", "recipes")
@@ -52,7 +53,7 @@ def main(argv: Sequence[str]) -> None:
     run, job = checked(words), read_job(ours)
     folder = next_folder(run.folder)
     if dry:
-        print(script(job, run, folder, words), end="")
+        print(script(job, run, folder, pinned(words, folder)), end="")
         return
     if shutil.which("sbatch") is None:
         raise RecipeError("no sbatch here: run this on a login node of the cluster; --dry-run prints the script")
@@ -122,9 +123,32 @@ def snapshot(folder: Path, run: Checked, job: Job, words: Sequence[str]) -> None
         shutil.copytree(ROOT / name, folder / "code" / name, ignore=skip)
     (folder / "code" / COMMIT).write_text(f"{commit(ROOT)}\n")
     (folder / "recipe.yaml").write_text(run.recipe)
+    if own := own_recipe(words):
+        copy_recipes(own.parent, folder / "recipes")
     if job.setup:
         shutil.copy(job.setup, folder / "setup.sh")
-    (folder / "job.sbatch").write_text(script(job, run, folder, words))
+    (folder / "job.sbatch").write_text(script(job, run, folder, pinned(words, folder)))
+
+
+def own_recipe(words: Sequence[str]) -> Path | None:
+    """The file of recipe=FILE.yaml."""
+    found = [word.removeprefix("recipe=") for word in words if word.startswith("recipe=") and word.endswith(".yaml")]
+    return Path(found[0]) if found else None
+
+
+def pinned(words: Sequence[str], folder: Path) -> list[str]:
+    """Settings of the job's attempts: a recipe file is the copy in the snapshot."""
+    own = own_recipe(words)
+    copy = f"recipe={folder / 'recipes' / own.name}" if own else ""
+    return [copy if own and word.startswith("recipe=") else word for word in words]
+
+
+def copy_recipes(source: Path, target: Path) -> None:
+    """A user's recipe files, with what their defaults may name: files beside them, and in folders for groups."""
+    for pattern in ("*.yaml", *(f"{group}/*.yaml" for group in recipe_groups())):
+        for path in source.glob(pattern):
+            (target / path.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, target / path.relative_to(source))
 
 
 def submit(folder: Path) -> str:

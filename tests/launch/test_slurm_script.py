@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 
 from launch import slurm
 from launch.arguments import guarded
+from launch.checked import checked
 from launch.slurm_script import seconds
 from train.errors import RecipeError
 
@@ -97,6 +99,30 @@ def test_no_sbatch_is_one_line(
     assert run(*GIVEN, f"run={tmp_path}/run") == 2
     assert capsys.readouterr().err.startswith("error: no sbatch here: run this on a login node")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_file_of_ones_own_is_part_of_the_snapshot(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = tmp_path / "my recipes"
+    (mine / "model").mkdir(parents=True)
+    (mine / "model" / "small.yaml").write_text((ROOT / "recipes" / "model" / "tiny.yaml").read_text())
+    text = (ROOT / "recipes" / "transcribe.yaml").read_text().replace("model: tiny", "model: small")
+    assert "model: small" in text
+    (mine / "mine.yaml").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("shutil.which", lambda name: name)
+    monkeypatch.setattr(slurm, "submit", lambda folder: "7")
+    words = ("recipe=./my recipes/mine.yaml", *GIVEN[:3], "run=run")
+    assert run(*words, "--dry-run") == 0
+    shown = capsys.readouterr().out
+    assert run(*words) == 0
+    shutil.rmtree(mine)
+    folder = tmp_path / "run" / "slurm" / "1"
+    assert (folder / "job.sbatch").read_text() == shown
+    settings = next(line for line in shown.splitlines() if line.startswith("settings="))
+    assert f"recipe={folder}/recipes/mine.yaml" in settings and "my recipes" not in shown
+    assert checked([f"recipe={folder}/recipes/mine.yaml", "run=run"]).recipe == (folder / "recipe.yaml").read_text()
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(
