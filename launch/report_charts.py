@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from launch.report_metrics import ASKED, POINTS, Series, thinned
@@ -66,7 +67,7 @@ class Charts:
         for run in self.runs:
             curves = {name: series for name, series in joined(run, spec.group).items() if spec.takes(name)}
             if spec.area:
-                curves = gridded(curves, spec.share)
+                curves = gridded(curves, spec.share, silences(run, curves))
             title = spec.title if len(self.runs) == 1 else f"{spec.title}: {run.name}"
             yield from self._chart(spec, title, [(name, 0, series) for name, series in curves.items()])
 
@@ -131,9 +132,22 @@ def joined(run: Run, group: str) -> dict[str, Series]:
     return found
 
 
-def gridded(curves: Names, share: bool = False) -> dict[str, Series]:
-    """Curves with the same x, to be stacked: the middle of what lies in each stretch; 0 where there is nothing."""
-    every = sorted({x for series in curves.values() for x in series.x})
+def silences(run: Run, curves: Names) -> list[tuple[int, int]]:
+    """Stages between others in which no curve has a point: the step after which one begins, and its last."""
+    every = {x for series in curves.values() for x in series.x}
+    stages = [(stage.offset, after.offset) for stage, after in pairwise(run.stages)]
+    empty = [(start, stop) for start, stop in stages if not any(start < x <= stop for x in every)]
+    return [(start, stop) for start, stop in empty if every and min(every) <= start and stop < max(every)]
+
+
+def gridded(curves: Names, share: bool = False, holes: Sequence[tuple[int, int]] = ()) -> dict[str, Series]:
+    """Curves with the same x, to be stacked: the middle of what lies in each stretch; 0 where there is nothing.
+
+    A stretch without a point is bridged, but for those in `holes`, which are at 0.
+    """
+    every = sorted(
+        {x for series in curves.values() for x in series.x} | {x for start, stop in holes for x in (start + 1, stop)}
+    )
     if not every:
         return {}
     if len(every) > GRID:
@@ -142,7 +156,11 @@ def gridded(curves: Names, share: bool = False) -> dict[str, Series]:
     else:
         edges = [*map(float, every), math.inf]
     found = {name: _means(series, edges) for name, series in curves.items()}
-    held = [place for place in range(len(edges) - 1) if any(values[place] is not None for values in found.values())]
+    held = [
+        place
+        for place, edge in enumerate(edges[:-1])
+        if any(values[place] is not None for values in found.values()) or any(a < edge <= b for a, b in holes)
+    ]
     out = {}
     for name, values in found.items():
         out[name] = Series()

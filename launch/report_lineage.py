@@ -68,7 +68,7 @@ def graph(stages: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _beside(entry: Mapping[str, Any]) -> str:
     step, tokens = number_of(entry.get("step")), number_of(entry.get("tokens"))
-    reached = [f"{int(step):,} steps"] if step else []
+    reached = [f"{int(step):,} steps" if step < 10_000 else f"{short(step)} steps"] if step else []
     return ", ".join([entry["state"], *reached] if not tokens else [*reached, f"{short(tokens)} tokens"])
 
 

@@ -35,7 +35,7 @@ LOSS = (
     Spec("terms", "Loss of each codebook", "nats a code", lambda name: name.startswith(BOOK), ordered=True, log=True),
     Spec("", "Balance loss of the routers", "1 is balanced", ("balance_loss",)),
 )
-OPTIMISER = (
+OPTIMIZER = (
     Spec("lrs", "Learning rates", "AdamW's step size", exact=True),
     Spec("grad_norms", "Gradient norms", "L2, before clipping", log=True),
     Spec("", "Gradient norm", "L2 of all parts, before clipping", ("grad_norm",), log=True),
@@ -68,7 +68,7 @@ UNITS = {  # of metrics of evaluations
 EXPERTS = (Spec("expert_load", "Busiest expert", "times the mean, worst layer", log=True),)
 DRAWN = {"step", "loss", "tokens", "targets"} | {
     name
-    for spec in (*LOSS, *OPTIMISER, ONE_RATE, *DATA, *SPEED)
+    for spec in (*LOSS, *OPTIMIZER, ONE_RATE, *DATA, *SPEED)
     if isinstance(spec.names, tuple)
     for name in spec.names
 }
@@ -80,7 +80,7 @@ def page(runs: Sequence[Run], stamp: datetime) -> tuple[bytes, list[str]]:
     last, heard, said = samples.of_all(runs, notes, budget)
     heat = heatmaps(runs)
     groups = dict.fromkeys(group for run in runs for stage in run.stages for group, _ in stage.metrics.series)
-    rates = OPTIMISER if "lrs" in groups else (ONE_RATE, *OPTIMISER)
+    rates = OPTIMIZER if "lrs" in groups else (ONE_RATE, *OPTIMIZER)
     metrics = [_of_metric(group.removeprefix("eval.")) for group in groups if group.startswith("eval.")]
     other = Spec("", "Other numbers", "", lambda name: name not in DRAWN)
     plain = dict.fromkeys(
@@ -93,7 +93,7 @@ def page(runs: Sequence[Run], stamp: datetime) -> tuple[bytes, list[str]]:
         ("lineage", "Lineage", lineage(runs)),
         ("events", "Events", sections.events(runs)),
         ("loss", "Loss", _figures(charts, LOSS)),
-        ("optimiser", "Optimiser", _figures(charts, rates)),
+        ("optimizer", "Optimizer", _figures(charts, rates)),
         ("evaluation", "Evaluation", _figures(charts, metrics) + last),
         ("speech", "Speech", heard),
         ("answers", "Answers", said),

@@ -61,7 +61,7 @@ def test_a_run_with_everything(runs, capsys):
     text, data, said = made(capsys, runs / "one")
     assert said == ""
     assert sections(text) == (
-        ["overview", "events", "loss", "optimiser", "evaluation", "speech", "answers", "experts", "data", "speed"]
+        ["overview", "events", "loss", "optimizer", "evaluation", "speech", "answers", "experts", "data", "speed"]
         + ["checkpoints", "recipes", "about"]
     )
     charts = {chart["title"]: chart for chart in data["charts"]}
@@ -159,7 +159,7 @@ def test_old_lines_and_nothing_else(tmp_path, capsys):
     lines = [{"step": s, "loss": 3 / s, "mean_loss": 3 / s, "grad_norm": 1.0, "lr": 1e-3} for s in range(10, 100, 10)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     text, data, said = made(capsys, folder)
-    assert sections(text) == ["overview", "loss", "optimiser", "about"] and said == ""
+    assert sections(text) == ["overview", "loss", "optimizer", "about"] and said == ""
     assert titles(data) == ["Training loss", "Learning rate", "Gradient norm"] and data["heat"] == []
 
 

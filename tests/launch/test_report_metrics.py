@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from launch import report_metrics
+from launch.report_charts import gridded, silences
 from launch.report_metrics import Metrics, Series, cells, thinned
 
 
@@ -58,3 +60,22 @@ def test_metrics_do_not_grow_with_the_file(tmp_path: Path):
     assert len(found.events) == report_metrics.MAX_EVENTS and found.num_events == 3000
     shape, frames = found.experts["thinker"].chosen(60)
     assert shape == (1, 2) and len(frames) <= 60 and frames[-1][0] == 30_000
+
+
+@pytest.mark.parametrize("most", [10, 1000])  # a point for every step, and cells of several steps
+def test_a_stage_without_points_is_no_slope_in_a_stacked_area(most: int) -> None:
+    before, after = range(1, most), range(3 * most + 1, 4 * most)
+    curves = {"image": Series(), "text": Series()}
+    for step in (*before, *after):
+        curves["image"].add(step, 1.0)
+    for step in after:
+        curves["text"].add(step, 3.0)
+    stages = [SimpleNamespace(offset=offset) for offset in (0, most, 3 * most)]
+    (hole,) = found = silences(SimpleNamespace(stages=stages), curves)  # pyright: ignore[reportArgumentType]
+    assert hole == (most, 3 * most)
+    image, text = gridded(curves, share=True, holes=found).values()
+    assert image.x == text.x == sorted(image.x)
+    inside = [y for x, y in zip(image.x, image.y, strict=True) if most < x < 2.9 * most]
+    assert set(inside) == {0.0}
+    assert {y for x, y in zip(image.x, image.y, strict=True) if x < most} == {1.0}
+    assert {y for x, y in zip(text.x, text.y, strict=True) if x > 3 * most} == {0.75}
