@@ -21,6 +21,7 @@ K key-value heads, C head_dim, V codes of a codebook.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,7 @@ from models.layers.head import LMHead
 from models.layers.moe import SwiGLU
 from models.layers.norm import RMSNorm
 from models.layers.rope import angles, rotate
+from models.layers.saving import Saves
 from models.omni_config import CodePredictorConfig
 
 Choose = Callable[[Tensor], Tensor]  # logits [N, V] -> ids int64 [N]
@@ -80,8 +82,8 @@ class FrameLayer(nn.Module):
         return x_NSD + self.mlp(self.post_attention_layernorm(x_NSD))
 
 
-class FrameDecoder(nn.Module):
-    """The predictor without its heads."""
+class FrameDecoder(Saves):
+    """The predictor without its heads. In the released shapes its layers keep most of what a Talker's step keeps."""
 
     def __init__(self, config: CodePredictorConfig) -> None:
         super().__init__()
@@ -98,7 +100,8 @@ class FrameDecoder(nn.Module):
         turns = angles(steps_S.expand(3, -1), config.head_dim, config.rope_theta, (config.head_dim // 2, 0, 0))
         cos_SC, sin_SC = (turn_SC.to(x_NSD.dtype) for turn_SC in turns)
         for index, layer in enumerate(self.layers):
-            x_NSD = layer(x_NSD, cos_SC, sin_SC, None if past is None else past[index], start)
+            kept = None if past is None else past[index]
+            x_NSD = self.saving.layer(partial(layer, cos_SC=cos_SC, sin_SC=sin_SC, past=kept, start=start), x_NSD)
         return self.norm(x_NSD)
 
 

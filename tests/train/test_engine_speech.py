@@ -66,6 +66,18 @@ def test_cached_is_frozen(local: dict[str, Any]) -> None:
         assert (local["cached"]["state"][key] - values).norm() <= 1e-5 * values.norm(), key
 
 
+@pytest.mark.parametrize("way", ["frozen", "live", "preference"])
+def test_layers_that_are_made_again_change_nothing(way: str, local: dict[str, Any]) -> None:
+    """Those of Thinker, Talker and code predictor."""
+    engine = build_engine(cases.setup("local", way, recompute_layers=True))
+    made = engine.objective.omni.talker.code_predictor.model.layers[0]  # type: ignore[attr-defined]
+    calls = []
+    made.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    assert cases.train(engine) == local[way]["rows"]
+    passes = 2 if way == "preference" else 1
+    assert len(calls) >= 2 * passes * cases.STEPS, "the predictor's layers were not made again"
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_layouts_equal_local(name: str, local: dict[str, Any], sharded: list[dict[str, Any]]) -> None:
     way = name.split("-")[0]
