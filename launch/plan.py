@@ -3,10 +3,11 @@
     python -m launch.plan model=qwen3_omni_30b_a3b gpus=64 gpu=h200 seq=32768
     model=NAME               of recipes/model
     gpus=N gpu=NAME          NAME of train/hardware.py; gpus_per_node=8
-    seq=N                    tokens of a packed sequence
+    seq=N                    tokens of a packed sequence, with the frames that are said
     batch_tokens=N           of a step (default: 4,194,304), or sequences_per_step=N
     media=SHARE              of the tokens that are sound and pictures (default: 0)
-    precision=bf16  train=everything|decoder|encoders  max_logits=N
+    frames=N                 of speech in a packed sequence, for a Talker that learns (default: 0)
+    precision=bf16  train=everything|decoder|encoders|talker  max_logits=N
     top=5  engine=NAME  engine.tp=2 ...     only this engine, only layouts with these degrees
 
 layouts --check_layout--> those that can be --train.throughput--> in order of time --train.memory--> those that fit
@@ -25,7 +26,7 @@ from typing import Any
 from launch.arguments import guarded, number, parse, whole
 from launch.plan_search import TRAIN, Question, choose, why_none, why_nothing
 from launch.plan_table import header, table
-from models.config import ThinkerConfig
+from models.config import ThinkerConfig, TranscriberConfig
 from models.omni_config import OmniConfig
 from train.errors import RecipeError
 from train.hardware import GPUS
@@ -43,6 +44,7 @@ KNOWN = {
     "sequences_per_step": "",
     "precision": "bf16",
     "media": "0",
+    "frames": "0",
     "train": "everything",
     "top": "5",
     "engine": "",
@@ -63,7 +65,15 @@ def read(argv: Sequence[str]) -> Question:
     train = given["train"]
     if train not in TRAIN:
         raise RecipeError(f"train={train}{nearest(train, list(TRAIN))}; it is one of {', '.join(TRAIN)}")
-    seq = whole(given, "seq", 1, 1 << 24)
+    model, seq = model_named(given["model"]), whole(given, "seq", 1, 1 << 24)
+    frames = whole(given, "frames", 0, seq - 1)
+    speaks = isinstance(model, OmniConfig) and model.talker is not None
+    if not speaks and (frames or train == "talker"):
+        key = "frames" if frames else "train"
+        raise RecipeError(f"{key}={given[key]}: model={given['model']} has no Talker")
+    fixed, engines = _fixed(rest), (engine,) if engine else ENGINES
+    if isinstance(model, TranscriberConfig):
+        engines = _undivided(engines, fixed)
     if given["sequences_per_step"] and given["batch_tokens"]:
         raise RecipeError("give batch_tokens= or sequences_per_step=, not both")
     if given["sequences_per_step"]:
@@ -73,7 +83,7 @@ def read(argv: Sequence[str]) -> Question:
         sequences = tokens // seq
     return Question(
         given["model"],
-        model_named(given["model"]),
+        model,
         whole(given, "gpus", 1, 1 << 17),
         GPUS[gpu],
         whole(given, "gpus_per_node", 1, 1024),
@@ -81,11 +91,12 @@ def read(argv: Sequence[str]) -> Question:
         sequences,
         given["precision"],
         number(given, "media", 0, 0.95),
+        frames,
         train,
         whole(given, "max_logits", 1, 1 << 40),
         whole(given, "top", 1, 100),
-        (engine,) if engine else ENGINES,
-        _fixed(rest),
+        engines,
+        fixed,
     )
 
 
@@ -93,9 +104,9 @@ def model_named(name: str) -> Model:
     """The model of recipes/model/NAME.yaml. Raises RecipeError with the nearest name."""
     nothing = [f"{key}=none" for key in ("init", "data.tokenizer")]
     sizes = load_recipe(["recipe=stage2", f"model={name}", "data.shards=[none]", *nothing]).model
-    if sizes.audio_decoder is not None:
-        raise RecipeError(f"model={name}: the advisor does not know an audio encoder with its decoder")
     last = sizes.text.vocab_size - 1  # placeholders of media: any three words
+    if sizes.audio_decoder is not None:
+        return TranscriberConfig(ThinkerConfig(sizes.text, sizes.audio, last), sizes.audio_decoder)
     thinker = ThinkerConfig(sizes.text, sizes.audio, last, sizes.vision, last - 1, last - 2)
     if sizes.talker is None:
         return thinker
@@ -108,6 +119,17 @@ def _named(key: str, value: str, known: Mapping[str, object]) -> str:
     if value.lower() in known:
         return value.lower()
     raise RecipeError(f"unknown {key}={value}{nearest(value.lower(), list(known))}; there are {', '.join(known)}")
+
+
+def _undivided(engines: Sequence[str], fixed: Mapping[str, int | bool]) -> tuple[str, ...]:
+    """The engines for an audio encoder and its decoder, whose layers no engine divides. Raises RecipeError."""
+    alone = "an audio encoder and its decoder have no experts, and no engine divides their layers"
+    if engines == ("megatron",):
+        raise RecipeError(f"engine=megatron: {alone}; take deepspeed or local")
+    for key in fixed:
+        if key not in ("zero", "offload", "recompute_layers"):
+            raise RecipeError(f"engine.{key}: {alone}; leave it out")
+    return tuple(engine for engine in engines if engine != "megatron")
 
 
 def _fixed(words: Sequence[str]) -> dict[str, int | bool]:

@@ -11,15 +11,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
+from models.config import TranscriberConfig
+from train.activations import Pack
 from train.engine_state import OWNERS, Job
 from train.errors import EngineError
-from train.fits import RESERVE, check_fits, usual_pack
+from train.fits import RESERVE, check_fits, spoken, usual_pack
 from train.hardware import Gpu
 from train.memory import Memory, memory_of, weights_of
 from train.parallel import Layout, Model, check_layout, check_microbatches, check_sequence, thinker_of
 from train.throughput import Estimate, estimate
 
-TRAIN = {"everything": OWNERS, "decoder": ("decoder",), "encoders": ("audio", "vision")}
+TRAIN = {"everything": OWNERS, "decoder": ("decoder",), "encoders": ("audio", "vision"), "talker": ("talker",)}
 MOST = 64  # of a degree
 
 
@@ -36,6 +38,7 @@ class Question:
     sequences: int
     precision: str
     media: float
+    frames: int
     train: str
     max_logits: int
     top: int
@@ -44,8 +47,18 @@ class Question:
 
     def job(self, layout: Layout) -> Job:
         """What a rank does in a step."""
-        pack = usual_pack(self.model, self.seq, self.media)
-        return Job(pack, self.microbatches(layout), self.max_logits, TRAIN[self.train])
+        said = spoken(self.words, self.frames)
+        return Job(self.pack, self.microbatches(layout), self.max_logits, TRAIN[self.train], spoken=said)
+
+    @property
+    def words(self) -> int:
+        """Tokens of a pack that the Thinker reads."""
+        return self.seq - self.frames
+
+    @property
+    def pack(self) -> Pack:
+        """What a pack holds of these."""
+        return usual_pack(self.model, self.words, self.media)
 
     def microbatches(self, layout: Layout) -> int:
         """Packs of a rank in a step."""
@@ -80,6 +93,9 @@ def layouts(engine: str, question: Question) -> Iterator[Layout]:
             "interleave": [n for n in (1, 2, 3, 4, 6) if n <= text.num_hidden_layers],
             "recompute_layers": both,
         }
+    if isinstance(question.model, TranscriberConfig):
+        options = {name: values for name, values in options.items() if name in ("zero", "offload")}
+        options["recompute_layers"] = both
     options |= {name: (value,) for name, value in question.fixed.items()}
     for values in product(*options.values()):
         chosen = dict(zip(options, values, strict=True))
@@ -110,7 +126,6 @@ def check(question: Question, layout: Layout) -> None:
 def choose(engine: str, question: Question) -> tuple[list[Choice], int]:
     """The best layouts of an engine that fit, the fastest first, and how many can be."""
     room = question.gpu.memory * (1 - RESERVE)
-    pack = usual_pack(question.model, question.seq, question.media)
     timed = []
     for layout in layouts(engine, question):
         if _least(question, layout) > room:
@@ -119,7 +134,7 @@ def choose(engine: str, question: Question) -> tuple[list[Choice], int]:
         found = estimate(
             question.model,
             layout,
-            pack,
+            question.pack,
             question.microbatches(layout),
             question.sequences,
             question.gpu,
@@ -157,12 +172,13 @@ def why_nothing(question: Question, counts: Mapping[str, int]) -> EngineError:
                 check_fits(
                     question.model,
                     layout,
-                    question.seq,
+                    question.words,
                     question.microbatches(layout),
                     question.max_logits,
                     question.gpu.memory * (1 - RESERVE),
                     media_share=question.media,
                     train=TRAIN[question.train],
+                    frames=question.frames,
                 )
             except EngineError as error:
                 return error

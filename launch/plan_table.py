@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from launch.plan_search import Choice, Question
-from models.flops import training_flops
-from train.fits import GB, RESERVE, usual_pack
-from train.parallel import Layout, thinker_of
-from train.throughput import EFFICIENCY, HIDDEN
+from models.config import TranscriberConfig
+from train.fits import GB, RESERVE
+from train.parallel import Layout
+from train.throughput import EFFICIENCY, HIDDEN, pack_flops
 
 COLUMNS = {  # of memory: what a column adds up
     "weights": ("weights",),
@@ -30,12 +30,12 @@ SHORT = {"tp": "tp", "cp": "cp", "pp": "pp", "interleave": "x", "ep": "ep", "exp
 def header(question: Question) -> Iterator[str]:
     """What is asked, and by which figures it is answered."""
     gpu, seq = question.gpu, question.seq
-    pack = usual_pack(question.model, seq, question.media)
-    flops = training_flops(thinker_of(question.model), pack.doc_lengths, pack.mel_lengths, pack.grids) / seq
+    flops = pack_flops(question.model, question.pack) / question.words
+    said = f", {question.frames:,} of them frames" if question.frames else ""
     nodes = -(-question.gpus // question.per_node)
     yield (
-        f"{question.model_name}, {question.train} trains, {question.precision}: packs of {seq:,} tokens (one document, "
-        f"{question.media:.0%} media), {question.sequences:,} a step"
+        f"{question.model_name}, {question.train} trains, {question.precision}: packs of {seq:,} tokens{said} (one "
+        f"document, {question.media:.0%} media), {question.sequences:,} a step"
     )
     yield (
         f"{question.gpus} x {gpu.name} on {nodes} {'node' if nodes == 1 else 'nodes'}. Data sheet: {gpu.memory / GB:g} "
@@ -51,6 +51,8 @@ def header(question: Question) -> Iterator[str]:
     )
     yield "hides the reduction of gradients (assumed), nothing else overlaps. They order layouts and promise nothing."
     room = gpu.memory * (1 - RESERVE) / GB
+    if question.frames:
+        yield "FLOPs and times are the Thinker's alone; memory has the Talker's work too."
     yield f"Memory is the worst rank's, to fit in {1 - RESERVE:.0%} of a GPU: {room:.1f} GB. docs/plan.md says more."
 
 
@@ -87,6 +89,13 @@ def table(question: Question, engine: str, best: Sequence[Choice], count: int) -
         yield f"  {place}. {command(question, choice.layout)}"
 
 
+def recipe_of(question: Question) -> str:
+    """The recipe that trains such a model so."""
+    if isinstance(question.model, TranscriberConfig):
+        return "audio_encoder"
+    return "talker" if question.frames or question.train == "talker" else "stage2"
+
+
 def name_of(layout: Layout) -> str:
     """A layout in a few letters: tp2 ep8 pp4 x2 recompute."""
     words = [f"zero{layout.zero}"] if layout.name == "deepspeed" else []
@@ -102,7 +111,7 @@ def command(question: Question, layout: Layout) -> str:
     nodes, processes = -(-question.gpus // question.per_node), min(question.gpus, question.per_node)
     words = ["torchrun", f"--nnodes {nodes} --rdzv-backend c10d --rdzv-endpoint HOST:29500"][: 1 + (nodes > 1)]
     words = [*words, f"--nproc-per-node {processes} train.py"] if question.gpus > 1 else ["python train.py"]
-    words += [f"recipe=stage2 model={question.model_name} engine={layout.name}"]
+    words += [f"recipe={recipe_of(question)} model={question.model_name} engine={layout.name}"]
     words += [f"engine.zero={layout.zero}"] if layout.name == "deepspeed" else []
     words += [f"engine.{key}={getattr(layout, key)}" for key in SHORT if key == "ep" or getattr(layout, key) > 1]
     words += [f"engine.precision={layout.precision} engine.recompute={str(layout.recompute).lower()}"]

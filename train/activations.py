@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 
@@ -194,13 +195,16 @@ def tiled_moe(text: TextConfig, tokens: int, cut: Cut) -> list[Piece]:
     return again
 
 
-def recomputed(layer: Sequence[Piece], stream: int) -> list[Piece]:
-    """Pieces of which only the input is kept; backward makes the rest again, and has all of it at the end."""
-    kept = sum(piece.kept for piece in layer)
-    most = max(piece.backward for piece in layer)
+def recomputed(layer: Sequence[Piece], stream: int, shared: int = 0) -> list[Piece]:
+    """Pieces of which only the input is kept; backward makes the rest again, and lets go of it from the last on.
+
+    `shared` bytes of what they keep are that input.
+    """
+    behind = accumulate(piece.kept for piece in layer)
+    most = max(kept + piece.backward for kept, piece in zip(behind, layer, strict=True))
     out = [replace(piece, kept=0, forward=max(piece.forward, piece.kept), backward=0) for piece in layer]
     out[0] = replace(out[0], kept=stream)
-    out[-1] = replace(out[-1], backward=kept + most)
+    out[-1] = replace(out[-1], backward=most - shared)
     return out
 
 

@@ -40,6 +40,11 @@ def usual_pack(model: Model, tokens: int, media_share: float = 0.0) -> Pack:
     return Pack((tokens,), tuple(mels), tuple(grids), targets=round(tokens * (1 - media_share)))
 
 
+def spoken(tokens: int, frames: int) -> Pack | None:
+    """What the Talker reads of a pack of `tokens` whose answers have so many frames of speech."""
+    return Pack((tokens + frames,), targets=frames) if frames else None
+
+
 def check_fits(
     model: Model,
     layout: Layout,
@@ -65,10 +70,10 @@ def check_fits(
         media_share: of the tokens, see `usual_pack`.
         train: what learns, of train.memory.OWNERS.
         kernels: see train.activations.KERNELS.
-        frames: of speech in a pack. The Talker has a position for each, and one for each token.
+        frames: see `spoken`. The Talker has a position for each, and one for each token.
     """
-    spoken = Pack((tokens + frames,), targets=frames) if frames else None
-    job = Job(usual_pack(model, tokens, media_share), microbatches, max_logits, train, kernels, spoken)
+    said = spoken(tokens, frames)
+    job = Job(usual_pack(model, tokens, media_share), microbatches, max_logits, train, kernels, said)
     needed = memory_of(model, layout, job)
     if needed.total <= memory_bytes:
         return needed

@@ -20,10 +20,11 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from models.audio_encoder import num_audio_tokens
-from models.config import TextConfig
+from models.config import TextConfig, TranscriberConfig
 from models.omni_config import OmniConfig
 from train.activations import Cut, Pack, Piece, audio, decoder_layer, head, recomputed, vision
 from train.activations_talker import talker_front
+from train.activations_transcriber import audio_decoder
 from train.engine_state import Job, State, size_of
 from train.parallel import Layout, Model, first_layers, thinker_of
 from train.stages import encoder_layers, head_layers, stage_layers
@@ -73,6 +74,9 @@ def weights_of(model: Model, layout: Layout) -> tuple[int, int]:
     """Elements of the dense weights and of the experts on a rank, the mean over stages."""
     thinker, pack = thinker_of(model), Pack((2 * layout.tp * layout.cp,))
     text, cut = thinker.text, Cut(size_of(layout), "cuda", layout.tp, layout.cp, layout.ep, layout.expert_tp)
+    if isinstance(model, TranscriberConfig):
+        alone = [*audio(thinker.audio, pack, cut), *audio_decoder(model, pack, cut, 1, True)]
+        return sum(piece.weights for piece in alone), 0
     layer = decoder_layer(text, pack, cut)
     ends = [*head(text, pack, cut, 1, True), *audio(thinker.audio, pack, cut)]
     ends += vision(thinker.vision, pack, cut) if thinker.vision is not None else []
@@ -86,6 +90,8 @@ def stage_memory(model: Model, layout: Layout, job: Job, stage: int, counts: Seq
     """That of a rank of one pipeline stage; `counts` are layers of all chunks of the Thinker."""
     places = range(stage, len(counts), layout.pp)
     passes = [[piece for place in places for piece in chunk_pieces(model, layout, job, place, counts)]]
+    if not {"decoder", "audio", "vision"} & {*job.train}:  # it is only read, up to a layer before its head
+        passes = [[unkept(piece) for piece in passes[0]]]
     front, talker = talker_pieces(model, layout, job, stage)
     if layout.name == "megatron":  # the Talker's pass is one of its own, between its front's forward and backward
         passes += [talker] if talker else []
@@ -108,6 +114,12 @@ def stage_memory(model: Model, layout: Layout, job: Job, stage: int, counts: Seq
         moments.append(moment + waiting(each, layout, in_flight(layout, stage, job.microbatches)))
     found.update(max(moments, key=lambda parts: sum(parts.values())))
     return Memory({part: found[part] for part in PARTS}, stage)
+
+
+def unkept(piece: Piece) -> Piece:
+    """The same where nothing is learnt: what it would keep goes with it."""
+    passing = 0 if piece.part in ("head", "logits") else piece.kept + piece.forward
+    return replace(piece, kept=0, forward=passing, backward=0, early=False)
 
 
 def waiting(pieces: Sequence[Piece], layout: Layout, chunks: int) -> Counter[str]:
@@ -173,9 +185,10 @@ def chunk_pieces(model: Model, layout: Layout, job: Job, place: int, counts: Seq
     """The pieces of one chunk of the pipeline in forward order, parameters and activations of one rank."""
     thinker, pack = thinker_of(model), job.pack
     text, cut = thinker.text, cut_of(layout, job)
-    pieces = []
+    pieces = encoders(model, layout, job, cut) if place == 0 else []
+    if isinstance(model, TranscriberConfig):
+        return [*pieces, *audio_decoder(model, pack, cut, job.max_logits, "decoder" in job.train)]
     if place == 0:
-        pieces += encoders(model, layout, job, cut)
         tokens = pack.tokens // layout.cp
         table = text.vocab_size // layout.tp * text.hidden_size
         stream = tokens * text.hidden_size * cut.size

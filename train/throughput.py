@@ -17,8 +17,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from models.flops import training_flops
+from models.config import TranscriberConfig
+from models.flops import training_flops, transcriber_flops
 from train.activations import Pack
+from train.activations_transcriber import shares_of
 from train.hardware import Gpu
 from train.memory import layers_of, media_share, weights_of
 from train.parallel import Layout, Model, thinker_of
@@ -83,12 +85,21 @@ def bubble(pp: int, microbatches: int, interleave: int) -> float:
     return (pp - 1) / (microbatches * interleave + pp - 1)
 
 
+def pack_flops(model: Model, pack: Pack) -> int:
+    """Forward and backward over a pack, nothing made again; a Talker is not counted."""
+    if isinstance(model, TranscriberConfig):
+        return transcriber_flops(model, *shares_of(pack), pack.mel_lengths)
+    return training_flops(thinker_of(model), pack.doc_lengths, pack.mel_lengths, pack.grids)
+
+
 def expert_exchange(model: Model, layout: Layout, tokens: float, per_node: int, size: int = 2) -> Exchange:
     """Bytes of the all-to-all; `tokens` are those that pass one rank in a step.
 
     A token goes to its K experts and comes back, forward and backward: 4 K D elements a layer. With expert tensor
     parallelism every copy goes to all ranks of its group.
     """
+    if isinstance(model, TranscriberConfig):
+        return Exchange(0.0, 0.0, 0.0, 0.0)
     text = thinker_of(model).text
     a_layer = 4 * text.num_experts_per_tok * text.hidden_size * size
     token = float(text.num_hidden_layers * a_layer)
@@ -105,8 +116,8 @@ def estimate(
 ) -> Estimate:
     """A step of `sequences` packs like `pack`, `microbatches` of them on each data rank one after the other."""
     text, size = thinker_of(model).text, 2 if layout.precision == "bf16" else 4
-    whole = training_flops(thinker_of(model), pack.doc_lengths, pack.mel_lengths, pack.grids)
-    work = whole * microbatches / layout.replica * _again(model, layout) * _uneven(model, layout, pack)
+    work = pack_flops(model, pack) * microbatches / layout.replica
+    work *= _again(model, layout) * _uneven(model, layout, pack)
     speed = gpu.flops * EFFICIENCY * (size == 2 or 0.5)
     passing = pack.tokens * microbatches / (layout.tp * layout.cp)  # tokens that pass a rank in a step
     compute = work / speed + _starved(model, layout, passing, microbatches, speed, gpu)
@@ -163,6 +174,8 @@ def _starved(model: Model, layout: Layout, passing: float, microbatches: int, sp
 
     Every micro-batch reads them forward and backward, and reads and writes their fp32 gradients.
     """
+    if isinstance(model, TranscriberConfig):
+        return 0.0
     text = thinker_of(model).text
     one = 3 * text.hidden_size * text.moe_intermediate_size
     layers = text.num_hidden_layers / layout.pp

@@ -63,9 +63,43 @@ def test_degrees_that_are_given_are_kept() -> None:
     assert not list(layouts("deepspeed", question))
 
 
+def test_an_audio_encoder_with_its_decoder(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["model=audio_encoder_30b_a3b", "gpus=64", "gpu=h100", "seq=8192", "sequences_per_step=256", "media=0.85"]
+    status, out, err = run(capsys, *words, "top=9")
+    assert (status, err) == (0, "") and "megatron:" not in out and "deepspeed: best 9 of 12" in out
+    (command,) = [line for line in out.splitlines() if "train.py" in line and " 1. " in line]
+    assert "recipe=audio_encoder" in command and "engine.zero=1" in command
+    best, _ = choose("deepspeed", read([*words, "engine.zero=1", "engine.recompute_layers=false"]))
+    less, _ = choose("deepspeed", read([*words, "engine.zero=1", "engine.recompute_layers=true"]))
+    assert best[0].memory.parts["encoders"] > 5 * less[0].memory.parts["encoders"] > 0
+    assert best[0].estimate.experts == 0
+
+
+def test_a_talker_that_learns(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["model=qwen3_omni_30b_a3b_talker", "gpus=64", "gpu=h100", "seq=8192", "sequences_per_step=256"]
+    words += [
+        "train=talker",
+        "engine=deepspeed",
+        "engine.zero=3",
+        "engine.ep=8",
+        "engine.recompute_layers=true",
+        "top=1",
+    ]
+    status, out, err = run(capsys, *words, "frames=4096")
+    assert (status, err) == (0, "") and "8,192 tokens, 4,096 of them frames" in out and "recipe=talker" in out
+    sizes = [choose("deepspeed", read([*words, f"frames={frames}"]))[0][0].memory for frames in (0, 2048, 4096)]
+    assert sizes[0].total < sizes[1].total < sizes[2].total
+    assert sizes[2].parts["head"] > 1.8 * sizes[1].parts["head"]  # the code predictor: sixteen rows a frame
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (["model=audio_encoder_30b_a3b", "engine=megatron"], "no engine divides their layers; take deepspeed or local"),
+        (["model=audio_encoder_30b_a3b", "engine.ep=2"], "engine.ep: an audio encoder and its decoder have no experts"),
+        (["frames=9"], "frames=9: model=qwen3_omni_30b_a3b has no Talker"),
+        (["train=talker"], "train=talker: model=qwen3_omni_30b_a3b has no Talker"),
+        (["model=qwen3_omni_30b_a3b_talker", "frames=32768"], "frames must be from 0 to 32767"),
         (["engine.tp=3"], "engine.tp=3 does not divide the 4 key-value heads of the thinker"),
         (["engine.ep=5"], "engine.ep=5 does not divide the 128 experts of the thinker"),
         (["engine.pp=64"], "engine.pp=64 is more than the 48 layers of the thinker allow"),

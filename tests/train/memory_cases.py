@@ -14,25 +14,37 @@ import gc
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from data.types import Batch
 from models.audio_encoder import num_audio_tokens
-from models.config import AudioConfig, TextConfig, ThinkerConfig, VisionConfig, scaled_mrope_section
+from models.config import (
+    AudioConfig,
+    AudioDecoderConfig,
+    TextConfig,
+    ThinkerConfig,
+    TranscriberConfig,
+    VisionConfig,
+    scaled_mrope_section,
+)
 from models.layers.experts import _upcasts
+from models.omni_config import CodePredictorConfig, OmniConfig, TalkerConfig
+from models.say import user_positions
+from models.talker_inputs import TalkerPlan, join, plan_document
 from models.vision_encoder import num_vision_tokens
 from train.activations import Pack
 from train.config import EngineConfig, LossConfig, OptimConfig, Phase
-from train.engine_state import Job
+from train.engine_state import OWNERS, Job
 from train.engines.build import build_engine
 from train.engines.setup import EngineSetup
 from train.memory import Memory, memory_of
-from train.parallel import Layout
+from train.parallel import Layout, Model, thinker_of
 
 TINY = {"hidden": 128, "head_dim": 32, "width": 64, "vocab": 256, "layers": 3, "experts": 4}
 SMALL = {"hidden": 256, "head_dim": 64, "width": 128, "vocab": 512, "layers": 2, "experts": 8}
@@ -55,6 +67,11 @@ class Case:
     freeze: tuple[str, ...] = ()
     train: tuple[str, ...] = ("decoder", "audio", "vision")
     engine: dict[str, Any] = field(default_factory=dict)
+    make: Callable[..., Model] | None = None
+    """Of another model than a Thinker."""
+    speech: str = "off"
+    frames: int = 0
+    """Of speech in the answer of the first document."""
     world: int = 1
     within: float = 0.05
     slow: bool = False
@@ -83,14 +100,39 @@ def model_of(
     return ThinkerConfig(text, sound, vocab - 1, vision, vocab - 2, vocab - 3)
 
 
+def transcriber_of(decoder: tuple[int, int, int, int], tied: bool = True, **rest: Any) -> TranscriberConfig:
+    """A tiny audio encoder with a text decoder."""
+    return TranscriberConfig(model_of(sees=False, **rest), AudioDecoderConfig(*decoder, tied))
+
+
+def omni_of(talker: dict[str, int], **rest: Any) -> OmniConfig:
+    """A tiny Thinker with a Talker of two layers, which reads what the Thinker's first one gives."""
+    thinker, section = model_of(sees=False, **rest), scaled_mrope_section(32)
+    hidden, books, groups = talker["hidden"], talker["codes"], talker["groups"]
+    shared = {"mrope_section": section, "shared_expert_intermediate_size": talker["width"]}
+    text = TextConfig(books + 20, hidden, 2, 4, 2, 32, 4, 2, talker["width"], **shared)
+    predictor = CodePredictorConfig(books, hidden, talker["width"], 2, 4, 2, 32, num_code_groups=groups)
+    names = ("pad_id", "bos_id", "eos_token_id", "nothink_id", "think_bos_id", "think_eos_id")
+    controls = {f"codec_{name}": books + place for place, name in enumerate(names)}
+    speaks = TalkerConfig(text, predictor, thinker.text.hidden_size, 1, **controls, speaker_id={"one": books + 10})
+    marks = [each.name for each in fields(OmniConfig) if each.name.endswith("_token_id")]
+    ids: dict[str, Any] = {name: thinker.text.vocab_size - 2 - place for place, name in enumerate(marks)}
+    return OmniConfig(thinker, speaks, **ids)
+
+
+def config_of(case: Case) -> Model:
+    """The case's model."""
+    return (case.make or model_of)(**case.model)
+
+
 def setup_of(case: Case) -> EngineSetup:
     """What the case's engine is built from."""
     return EngineSetup(
-        model=model_of(**case.model),
+        model=config_of(case),
         engine=EngineConfig(device="cpu", **case.engine),
         optim=OptimConfig(),
         loss=LossConfig(max_logits=case.max_logits),
-        phase=Phase(steps=5, freeze=list(case.freeze)),
+        phase=Phase(steps=5, freeze=list(case.freeze), speech=case.speech),
         phase_name="all",
         seed=0,
         device=torch.device("cpu"),
@@ -99,13 +141,15 @@ def setup_of(case: Case) -> EngineSetup:
 
 def batch_of(case: Case, seed: int) -> Batch:
     """A micro-batch: placeholders first, then words, all of those with a label."""
-    draw, config = torch.Generator().manual_seed(seed), model_of(**case.model)
-    words = config.text.vocab_size - 3
+    draw, model = torch.Generator().manual_seed(seed), config_of(case)
+    config = thinker_of(model)
+    words = config.text.vocab_size - (20 if case.frames else 3)
     heard = sum(int(num_audio_tokens(frames)) for frames in case.mels)
     seen = sum(num_vision_tokens(grid) for grid in case.grids)
     ids_T = torch.randint(0, words, (sum(case.docs),), generator=draw)
-    ids_T[:heard] = words + 2
-    ids_T[heard : heard + seen] = words + 1
+    ids_T[:heard] = config.audio_token_id
+    ids_T[heard : heard + seen] = config.text.vocab_size - 2
+    plans = [spoken_plan(model, ids_T[: case.docs[0]], case.frames)] if isinstance(model, OmniConfig) else []
     patches = sum(frames * rows * columns for frames, rows, columns in case.grids)
     values = config.vision.patch_dim if config.vision else 1
     return Batch(
@@ -119,7 +163,20 @@ def batch_of(case: Case, seed: int) -> Batch:
         skipped=(),
         pixels_PX=torch.randn(patches, values, generator=draw),
         grids=case.grids,
+        speech=join(plans, model.talker.num_code_groups) if isinstance(model, OmniConfig) and model.talker else None,
     )
+
+
+def spoken_plan(model: OmniConfig, ids_S: Tensor, frames: int) -> TalkerPlan:
+    """Make a document a question, and the last twenty words its answer in so many frames."""
+    named = ("im_start", "user", "assistant", "im_end")
+    start, user, assistant, end = (getattr(model, f"{name}_token_id") for name in named)
+    ids_S[:2], ids_S[-24:-20], ids_S[-1] = torch.tensor([start, user]), torch.tensor([end, start, assistant, 0]), end
+    assert model.talker is not None
+    codes_GF = torch.zeros(model.talker.num_code_groups, frames, dtype=torch.int64)
+    places_3S = torch.arange(len(ids_S)).float().expand(3, -1)
+    speaker = next(iter(model.talker.speaker_id.values()))
+    return plan_document(model, ids_S, user_positions(model, ids_S, places_3S), speaker, codes_GF)
 
 
 def alive() -> int:
@@ -187,15 +244,20 @@ def expected(case: Case) -> Memory:
     """The model's word."""
     precision = case.engine.get("precision", "fp32")
     upcasts = precision == "bf16" and _upcasts(torch.empty(0, dtype=torch.bfloat16))
-    targets = int((batch_of(case, 0).labels_T != -100).sum())
-    pack = Pack(case.docs, case.mels, case.grids, targets)
-    job = Job(pack, case.microbatches, case.max_logits, case.train, "cpu-upcast" if upcasts else "cpu")
-    return memory_of(model_of(**case.model), Layout(world=case.world, **case.engine), job)
+    batch = batch_of(case, 0)
+    pack = Pack(case.docs, case.mels, case.grids, targets=int((batch.labels_T != -100).sum()))
+    plan = batch.speech
+    said = Pack(plan.doc_lengths, targets=case.frames) if isinstance(plan, TalkerPlan) else None
+    job = Job(pack, case.microbatches, case.max_logits, case.train, "cpu-upcast" if upcasts else "cpu", said)
+    return memory_of(config_of(case), Layout(world=case.world, **case.engine), job)
 
 
 BF16 = {"precision": "bf16"}
 LESS = {"recompute": True}
 LAYERS = {"recompute_layers": True}
+TEXT = {"decoder": (128, 3, 4, 320), "vocab": 512}
+SPEAKS = SMALL | {"talker": {"hidden": 128, "codes": 256, "groups": 6, "width": 128}}
+ALONE: dict[str, Any] = {"make": omni_of, "speech": "frozen", "train": ("talker",)}
 PICTURES = {"hidden": 128, "layers": 4, "experts": 4, "top_k": 4, "width": 128, "vocab": 512}
 MEDIA = (800,), 2, (3000,), ((2, 24, 24),)
 MEGATRON: tuple[Any, ...] = (
@@ -242,6 +304,15 @@ CASES = (
         freeze=("audio_tower.*", "visual.*"),
         train=("decoder",),
     ),
+    Case("text decoder", TEXT, (800, 100), mels=(3000,), make=transcriber_of),
+    Case("text decoder, bf16", TEXT, (800, 100), mels=(3000,), engine=BF16, make=transcriber_of),
+    Case("text decoder, two micro-batches", TEXT | {"tied": False}, (500, 300), 2, (1500,), make=transcriber_of),
+    Case("text decoder, layers recomputed", TEXT, (1600,), mels=(6000,), engine=LAYERS, make=transcriber_of),
+    Case("Talker alone", SPEAKS, (300,), frames=300, **ALONE),
+    Case("Talker alone, bf16", SPEAKS, (300,), frames=300, engine=BF16, **ALONE),
+    Case("Talker alone, long", SPEAKS, (400,), frames=1500, **ALONE),
+    Case("Talker alone, layers recomputed", SPEAKS, (400,), frames=1500, engine=LAYERS, **ALONE),
+    Case("Talker and Thinker", SPEAKS, (300,), frames=300, make=omni_of, speech="live", train=OWNERS),
     Case("vocabulary", {"hidden": 128, "vocab": 4096}, (1000,)),
     Case("vocabulary in pieces", {"hidden": 128, "vocab": 4096}, (1000,), max_logits=1_000_000),
     Case("vocabulary in pieces, bf16", {"hidden": 128, "vocab": 4096}, (1000,), max_logits=1_000_000, engine=BF16),
