@@ -44,7 +44,8 @@ class Checkpoint:
     step: int
     size: int  # bytes
     at: float  # unix seconds
-    latest: bool
+    kinds: tuple[str, ...]
+    """latest, best: what the files of these names say."""
 
 
 @dataclass
@@ -196,16 +197,17 @@ def _stage_folder(folder: Path, name: str, entry: dict[str, Any]) -> Path:
 
 
 def _checkpoints(folder: Path) -> Iterator[Checkpoint]:
-    latest = folder / "checkpoints" / "latest"
+    named = [(kind, folder / "checkpoints" / kind) for kind in ("latest", "best")]
     try:
-        newest = latest.read_text(errors="replace").strip() if latest.is_file() else ""
+        said = {kind: path.read_text(errors="replace").strip() for kind, path in named if path.is_file()}
         found = candidates(folder)
     except OSError:
         return
     for path in reversed(found):
         try:
             size = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
-            yield Checkpoint(path.name, folder_step(path.name) or 0, size, path.stat().st_mtime, path.name == newest)
+            kinds = tuple(kind for kind, name in said.items() if name == path.name)
+            yield Checkpoint(path.name, folder_step(path.name) or 0, size, path.stat().st_mtime, kinds)
         except OSError:  # being deleted by a running run
             continue
 

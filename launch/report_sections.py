@@ -124,7 +124,7 @@ def checkpoints(runs: Sequence[Run]) -> str:
     rows = []
     for stage, where in _stages(runs):
         for each in stage.checkpoints:
-            name = _code(each.name) + ' <span class="kind">latest</span>' * each.latest
+            name = " ".join([_code(each.name), *(f'<span class="kind">{kind}</span>' for kind in each.kinds)])
             rows.append([*where, name, f"{each.step:,}", human_bytes(each.size), moment(each.at)])
     heads = [*_heads(runs), "checkpoint", "step", "size", "written"]
     return table(heads, rows, words=len(heads) - 3) if rows else ""

@@ -134,6 +134,7 @@ def write_run(
     for step in (steps // 2, steps):
         write_checkpoint(folder / "checkpoints" / f"step-{step:08d}", step)
     (folder / "checkpoints" / "latest").write_text(f"step-{steps:08d}\n")
+    (folder / "checkpoints" / "best").write_text(f"step-{steps // 2:08d}\n")
     if evals:
         write_evals(folder / "eval", steps)
     return folder

@@ -80,6 +80,8 @@ def test_a_run_with_everything(runs, capsys):
     for fact in ("deepspeed, bf16, 8 processes, ep=2", "8 sequences of 1,024 tokens a step", "85.5k", "step-00001000"):
         assert fact in text, fact
     assert '<span class="badge done">' in text
+    marked = re.findall(r"<code>(step-\d+)</code> <span class=\"kind\">(\w+)</span>", text)
+    assert marked == [("step-00000500", "best"), ("step-00001000", "latest")]
 
 
 def test_the_heatmap_says_what_the_lines_say(runs, capsys):
