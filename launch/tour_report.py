@@ -1,6 +1,6 @@
 """What the demo's model has learnt, as a table: from the evaluations of its runs, all on held-out data.
 
-outputs/demo/eval/{voices,sentences,scenes}-step*.json, outputs/demo_talker/eval/tts-step*/ --> text
+outputs/demo/sft/eval/{voices,sentences,scenes}-step*.json, outputs/demo/sft/eval/tts-step*/ --> text
 """
 
 from __future__ import annotations
