@@ -61,6 +61,7 @@ def _as_text(text: TextConfig, width: int) -> TextConfig:
 def _layer(
     sizes: AudioDecoderConfig, source: int, texts: Sequence[int], frames: Sequence[int], cut: Cut
 ) -> list[Piece]:
+    """A layer in forward order."""
     size, width, heads, inner = cut.size, sizes.hidden_size, sizes.num_attention_heads, sizes.intermediate_size
     words, heard, channels = sum(texts), sum(frames), width // heads
     stream, seen, scales = words * width * size, heard * width * size, 4 * heads
@@ -68,18 +69,18 @@ def _layer(
     own = attention_kept([length for length in texts if length], heads, heads, channels, cut)
     before, across = norm(words, width, size, "norms", stream), 2 * heard * source * size
     return [
-        before,
+        before,  # self-attention: projections, QK-norm and rotation, attention, output
         Piece("attention", stream, 0, stream * 4, 3 * width * width),
         Piece("attention", 2 * stream + 2 * words * scales, 2 * floats, 6 * stream + 2 * floats, 2 * channels),
         Piece("attention", own, stream, 5 * stream),
         Piece("attention", 0, 0, 2 * stream, width * width),
-        before,
+        before,  # cross-attention: the same of the tokens, then of the frames
         Piece("attention", 2 * stream + words * scales, floats, 3 * stream + floats, width * width + channels),
         # gradients of the frames, keys' and values' source, are there through all layers
         Piece("attention", seen + heard * scales, seen, across + 3 * seen, 2 * source * width + channels),
         Piece("attention", _across_kept(texts, frames, heads, width, cut), stream, across + 3 * stream + 4 * seen),
         Piece("attention", 0, 0, across + 2 * stream, width * width),
-        before,
+        before,  # SwiGLU; told as experts are, which stand in its place elsewhere
         Piece(
             "experts",
             stream + 4 * words * inner * size,
