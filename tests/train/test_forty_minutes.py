@@ -82,7 +82,7 @@ def test_all_the_way(shards: tuple[Path, bytes], tmp_path: Path) -> None:
     # the usual limit of a batch of prompts is below one such prompt: it is answered alone, not cut
     (report,) = Evaluator(EvalConfig(max_new_tokens=3), {"long": prompts}, TOKENIZER).reports(engine, 1)
     assert heard == [TOKENS, TOKENS, 0, 0]  # the prompt at once, then two words more
-    assert not report.skipped and report.rows[-1].num_samples == 1
+    assert not report.skipped and report.all.num_samples == 1
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
     # one matrix of 31,200 x 31,200 fp32 scores is 3.9 GB a head
     assert grown < 1.5 * GB, f"{grown / GB:.2f} GB"
