@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 
 from models.audio_encoder import num_audio_tokens
-from models.config import AudioDecoderConfig, TextConfig, TranscriberConfig
+from models.config import AudioDecoderConfig, TranscriberConfig
 from models.layers.cross import make_pairs
 from train.activations import Cut, Pack, Piece, attention_kept, head, norm
 
@@ -48,14 +48,9 @@ def audio_decoder(config: TranscriberConfig, pack: Pack, cut: Cut, max_logits: i
     placed = norm(heard, source, size, "norms", both)
     placed = replace(placed, kept=placed.kept + both, forward=placed.forward + heard * source * 4)
     layer = _layer(sizes, source, texts, frames, cut)
-    text = _as_text(config.thinker.text, width)
+    text = replace(config.thinker.text, hidden_size=width)  # what the head is made of
     said = Pack(tuple(length for length in texts if length) or (0,), targets=pack.targets)
     return [embed, placed, *layer * sizes.num_hidden_layers, *head(text, said, cut, max_logits, learns)]
-
-
-def _as_text(text: TextConfig, width: int) -> TextConfig:
-    """The Thinker's vocabulary with the decoder's width: what its head is made of."""
-    return replace(text, hidden_size=width)
 
 
 def _layer(
