@@ -24,7 +24,7 @@ from train import ranks
 from train.main import main as train
 
 OUTCOME = "OMNILOOM_OUTCOME"  # file for the ending; without it nothing is written
-STOPPED, USER_ERROR, PEER_FAILED = 75, 2, 143
+STOPPED, USER_ERROR, LEFT, PEER_FAILED = 75, 2, 130, 143
 
 
 def main(argv: Sequence[str]) -> int:
@@ -32,8 +32,13 @@ def main(argv: Sequence[str]) -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # as launch.torchrun has done already
     signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start what runs beside them deaf to it
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT,))  # below it is what is handed on
-    threading.Thread(target=_listen, args=(threading.main_thread().ident,), daemon=True).start()
-    status = train(argv, stopped=STOPPED)
+    try:
+        threading.Thread(target=_listen, args=(threading.main_thread().ident,), daemon=True).start()
+        status = train(argv, stopped=STOPPED)
+    except KeyboardInterrupt:  # a request that waited while Python started comes before train can catch it
+        status = LEFT
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # too late to change how the run ended
     if status == USER_ERROR:
         _tell("error")
     elif ranks.rank() == 0 and status in (0, STOPPED):

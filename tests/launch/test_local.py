@@ -109,6 +109,7 @@ from launch import rank
 
 def train(argv, stopped):
     try:
+        print("ready", flush=True)
         time.sleep(60)
     except KeyboardInterrupt:
         time.sleep(1)  # saving; a second request must not come through
@@ -116,7 +117,6 @@ def train(argv, stopped):
 
 rank.train = train
 signal.pthread_sigmask(signal.SIG_BLOCK, rank.STOPS)
-print("ready", flush=True)
 sys.exit(rank.main([]))
 """
 
@@ -140,3 +140,22 @@ def test_a_rank_hears_a_request_once_and_tells_torchruns_from_others(
         time.sleep(0.3)
     assert process.wait(60) == status
     assert (told.read_text() if told.exists() else None) == outcome
+
+
+EARLY = """
+import os, signal, sys, time
+from launch import rank
+
+rank.train = lambda argv, stopped: time.sleep(60)
+signal.pthread_sigmask(signal.SIG_BLOCK, rank.STOPS)
+os.kill(os.getpid(), signal.SIGUSR1)
+sys.exit(rank.main([]))
+"""
+
+
+def test_a_request_that_waited_while_a_rank_started_ends_it(tmp_path: Path) -> None:
+    """It may come before train is called, which is what catches it later."""
+    told = tmp_path / "outcome"
+    environment = os.environ | {"OMNILOOM_OUTCOME": str(told), "PYTHONPATH": str(ROOT)}
+    process = subprocess.run([sys.executable, "-c", EARLY], env=environment, capture_output=True, text=True, timeout=60)
+    assert process.returncode == 130 and process.stderr == "" and not told.exists()
