@@ -84,7 +84,26 @@ def test_vqa_accuracy_of_ten_annotators() -> None:
         assert found == pytest.approx(expected), m
     assert vqa.accuracy("red", ["red", "crimson"]) == 1, "few references are other ways to say it"
     ten = [asked(answers=("red",) * 2 + ("blue",) * 8, text="A red."), asked("seven", "7")]
-    assert values(vqa, ten) == {"accuracy": pytest.approx(0.8), "exact": 1.0, "no_choice": 0.0}
+    assert values(vqa, ten) == {"accuracy": pytest.approx(0.8), "exact": 1.0, "relaxed": 1.0, "no_choice": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "right"),
+    [("10.4", "10", True), ("9.5", "10", True), ("10.6", "10", False), ("105", "100", True), ("-10.2", "-10", True),
+     ("10", "-10", False), ("1,020", "1000", True), ("$980", "1000.", True), ("52 %", "0.5", True),
+     ("52", "50%", False), ("0", "0", True), ("0.01", "0", False), ("2004", "2012", True), ("10.4 or so", "10", False),
+     ("Norway", "norway", True), ("Norwegen", "Norway", False), ("two", "2", True), ("9" * 400, "9" * 400, True),
+     ("9" * 400, "9" * 399, False), ("nan", "1", False), ("1,0", "10", True), ("1,5", "1.5", False)],
+)  # fmt: skip
+def test_relaxed_accuracy_of_charts(answer: str, reference: str, right: bool) -> None:
+    """A number within 5 % of the reference, years too, as its authors count; all else where it is exact."""
+    assert values(vqa, [asked(reference, answer)])["relaxed"] == right
+
+
+def test_relaxed_accuracy_of_letters_and_of_several_references() -> None:
+    letters = [asked(text=text, choices=("3", "4"), correct=1) for text in ("B", "A")]
+    assert values(vqa, letters)["relaxed"] == 0.5
+    assert values(vqa, [asked(answers=("7", "20"), text="21")])["relaxed"] == 1
 
 
 @pytest.mark.parametrize(
