@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,7 @@ if reason := why_not():
     pytest.skip(reason, allow_module_level=True)
 NODES = ("nodes=2", "gpus_per_node=0", "time=10", "signal_s=60")
 EXPERTS = ("engine=deepspeed", "engine.ep=2")
+LONG = "phases.all.steps=40"  # seconds, not a part of one: whoever watches a run for a step is not too late
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -61,6 +62,11 @@ def pretended(notes: Path, run: Path, plan: str, *settings: str) -> int:
     return submit(*NODES, f"python={notes / 'python'}", "env=NOTES", *recipe, *settings)
 
 
+def tell(processes: Sequence[int], number: signal.Signals) -> None:
+    for pid in processes:
+        os.kill(pid, number)
+
+
 def attempts(notes: Path) -> int:
     return len(list(notes.glob("*.0.words")))
 
@@ -68,21 +74,25 @@ def attempts(notes: Path) -> int:
 @pytest.mark.timeout(600)  # three starts of two processes, in series
 def test_two_nodes_train_are_preempted_and_finish_as_if_nothing_had_happened(corpus: Path, tmp_path: Path) -> None:
     run, whole = tmp_path / "run", tmp_path / "whole"
-    settings = (*EXPERTS, "save.every=1000")
+    settings = (*EXPERTS, LONG, "save.every=1000")
     assert submit(*NODES, *words(corpus, run, *settings)) == 0
     wait_until(lambda: losses(run), run, 200)
+    training = ranks(run)
+    tell(training, signal.SIGSTOP)  # it is done before SLURM has made up its mind otherwise
     assert call("squeue", "-h", "-o", "%D %T").split() == ["2", "RUNNING"]
     call("sbatch", "--partition=urgent", "--nodes=1", "--exclusive", "--mem=0", "--output=/dev/null", "--wrap=true")
+    wait_until(lambda: "CANCELLED" in log_of(run), run, 100)
+    tell(training, signal.SIGCONT)
     wait_until(lambda: "attempt 2" in log_of(run), run, 100)
     saved = max(losses(run))
-    assert saved < 12, "it came too late to show anything"
+    assert saved < 40, "it came too late to show anything"
     state = ended(run, 200)
     log = log_of(run)
     assert state["JobState"] == "COMPLETED" and state["ExitCode"] == "0:0" and state["Restarts"] == "1", log
     assert "the run has saved and stopped; requeueing" in log and f"resumed at step {saved}" in log
     assert "the run is done" in log and "Traceback" not in log, log
     finish(start(command(corpus, whole, *settings, processes=2)))
-    assert losses(run) == pytest.approx(losses(whole), rel=1e-6) and len(losses(run)) == 12
+    assert losses(run) == pytest.approx(losses(whole), rel=1e-6) and len(losses(run)) == 40
     assert keys(run) == keys(whole)
     assert {path.name for path in run.glob("keys-rank*")} == {"keys-rank0.jsonl", "keys-rank1.jsonl"}
     assert saved_settings(run / "slurm" / "1") == saved_settings(run)
@@ -92,7 +102,8 @@ def test_two_nodes_train_are_preempted_and_finish_as_if_nothing_had_happened(cor
 @pytest.mark.timeout(600)
 def test_a_rank_that_is_killed_brings_all_down_and_the_job_up_again(corpus: Path, tmp_path: Path) -> None:
     run, whole = tmp_path / "run", tmp_path / "whole"
-    assert submit(*NODES, *words(corpus, run, *EXPERTS)) == 0
+    settings = (*EXPERTS, LONG)
+    assert submit(*NODES, *words(corpus, run, *settings)) == 0
     wait_until(lambda: max(losses(run), default=0) >= 4, run, 200)
     processes = ranks(run)
     assert len(processes) == 2
@@ -101,7 +112,7 @@ def test_a_rank_that_is_killed_brings_all_down_and_the_job_up_again(corpus: Path
     log = log_of(run)
     assert state["JobState"] == "COMPLETED" and state["Restarts"] == "1", log
     assert "restart 1 of 3 from step-0000000" in log and "resumed at step" in log, log
-    finish(start(command(corpus, whole, *EXPERTS, processes=2)))
+    finish(start(command(corpus, whole, *settings, processes=2)))
     assert losses(run) == pytest.approx(losses(whole), rel=1e-6)
 
 
