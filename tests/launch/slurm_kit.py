@@ -91,7 +91,7 @@ def wait_until(holds: Callable[[], object], run: Path, timeout_s: float) -> None
         time.sleep(0.1)
 
 
-def ended(run: Path, timeout_s: float = 60) -> dict[str, str]:
+def ended(run: Path, timeout_s: float = 100) -> dict[str, str]:
     """Wait until the run's job is over; what SLURM says of it."""
     job = job_of(run)
     fields: dict[str, str] = {}

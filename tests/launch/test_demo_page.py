@@ -476,14 +476,8 @@ def test_page_stop(browser, loaded):
 def test_the_command_serves_until_ctrl_c(loaded):
     """In the middle of an answer too."""
     port = free_port()
-    words = [
-        sys.executable,
-        "-m",
-        "launch.demo",
-        f"run={loaded.name}",
-        f"port={port}",
-        "max_new_tokens=4000",
-    ]  # seconds
+    settings = [f"run={loaded.name}", f"port={port}", "max_new_tokens=4000"]  # it answers for seconds
+    words = [sys.executable, "-m", "launch.demo", *settings]
     process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert f"http://127.0.0.1:{port}" in process.stdout.readline()

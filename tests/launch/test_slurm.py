@@ -168,7 +168,7 @@ def test_a_users_error_is_not_restarted(pretend: Path, tmp_path: Path) -> None:
 def test_the_warning_before_the_time_limit_reaches_the_run(pretend: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert pretended(pretend, run, "wait done") == 0
-    wait_until((pretend / "1.0.ready").exists, run, 30)
+    wait_until((pretend / "1.0.ready").exists, run, 100)
     call("scancel", "--batch", "--signal=USR1", job_of(run))  # as --signal=B:USR1@N does
     state = ended(run)
     assert state["JobState"] == "COMPLETED" and attempts(pretend) == 2, log_of(run)
@@ -178,7 +178,7 @@ def test_the_warning_before_the_time_limit_reaches_the_run(pretend: Path, tmp_pa
 def test_scancel_is_final(pretend: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert pretended(pretend, run, "wait wait") == 0
-    wait_until((pretend / "1.0.ready").exists, run, 30)
+    wait_until((pretend / "1.0.ready").exists, run, 100)
     call("scancel", job_of(run))
     state = ended(run)
     assert state["JobState"] == "CANCELLED" and attempts(pretend) == 1, log_of(run)
@@ -226,9 +226,9 @@ def test_a_second_job_of_a_run_is_refused(pretend: Path, tmp_path: Path, capsys:
     assert f"job {job} of this run is in the queue" in capsys.readouterr().err
     assert sorted(path.name for path in (run / "slurm").iterdir()) == ["1"]
     call("scancel", job)
-    wait_until(lambda: not call("squeue", "-h"), run, 20)
+    wait_until(lambda: not call("squeue", "-h"), run, 100)
     assert pretended(pretend, run, "done") == 0
-    wait_until(lambda: "the run is done" in log_of(run, 2), run, 30)
+    wait_until(lambda: "the run is done" in log_of(run, 2), run, 100)
 
 
 def test_what_is_edited_later_changes_nothing(pretend: Path, tmp_path: Path) -> None:
