@@ -36,6 +36,7 @@ def main(argv: Sequence[str]) -> int:
         threading.Thread(target=_listen, args=(threading.main_thread().ident,), daemon=True).start()
         status = train(argv, stopped=STOPPED)
     except KeyboardInterrupt:  # a request that waited while Python started comes before train can catch it
+        print("stopped before it began; the last checkpoint is whole", file=sys.stderr)
         status = LEFT
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # too late to change how the run ended
