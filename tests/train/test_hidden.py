@@ -18,7 +18,6 @@ from data.vision import ImageLimits
 from models.audio_encoder import num_audio_tokens
 from models.omni import Omni
 from models.say import media_states
-from models.thinker import Thinker
 from tests.data.audio_bytes import encode, tone
 from tests.data.corpus_kit import mixed, tokenizer
 from tests.data.layouts import layout_of
@@ -162,8 +161,8 @@ def test_nothing_is_left_where_writing_fails(made):
 
 
 def test_the_digest_is_of_every_weight_and_of_the_sizes(made):
-    config = made[0].config.thinker
-    weights = {f"thinker.{name}": weight.detach().clone() for name, weight in Thinker(config).named_parameters()}
+    config, thinker = made[0].config.thinker, made[0].thinker  # not a new one: its memory is whatever lay there
+    weights = {f"thinker.{name}": weight.detach().clone() for name, weight in thinker.named_parameters()}
 
     def digest(of=config):
         return thinker_digest(of, lambda name, _, start, length: weights[name].view(-1)[start : start + length])
