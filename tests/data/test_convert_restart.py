@@ -131,10 +131,10 @@ def wait_until_gone(leader: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_killed_as_a_process_again_and_again(capsys: pytest.CaptureFixture[str], tmp_path: Path, workers: int) -> None:
-    path = source(tmp_path / "in", 120, 3.0)
+    path = source(tmp_path / "in", 400, 3.0)  # enough, as below
     out, options = tmp_path / "out", ("--samples-per-shard", 4)
     converts(capsys, "manifest", path, tmp_path / "whole", *options)
-    for jobs in (1, 6, 14, 22):
+    for jobs in (1, 10, 20, 30):
         process = start("manifest", path, out, *options, "--workers", workers)
         wait_for_jobs(process, out, jobs)
         process.kill()
@@ -148,7 +148,7 @@ def test_killed_as_a_process_again_and_again(capsys: pytest.CaptureFixture[str],
     assert len(kept) >= 20 and all(
         (out / "train" / name).stat().st_mtime_ns == done[out / "train" / name] for name in kept
     )
-    assert tree(out) == tree(tmp_path / "whole") and len(samples(out / "train")) == 96
+    assert tree(out) == tree(tmp_path / "whole") and len(samples(out / "train")) == 320
 
 
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
